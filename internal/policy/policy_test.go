@@ -132,6 +132,8 @@ func TestFromPeer(t *testing.T) {
 	}
 }
 
+// TestMissing checks the permissions that a verdict reports as missing, which must be those
+// that would let the packet pass. A refusal is answered exactly if there are any.
 func TestMissing(t *testing.T) {
 	for _, tt := range []struct {
 		have    mesh.Permissions
@@ -385,6 +387,8 @@ func TestTunnel(t *testing.T) {
 	}
 }
 
+// TestReply checks that a reply passes only on the interface by which its sender is reached,
+// and only while the opener of the flow may still send.
 func TestReply(t *testing.T) {
 	c4 := addr("100.64.0.3")
 	for _, tt := range []struct {
@@ -499,6 +503,8 @@ func TestNoPeersPacket(t *testing.T) {
 	}
 }
 
+// TestExpiry compiles at times around the ends of two grants: a grant ends exactly at Until,
+// and Expires is the next end of any peer's grant.
 func TestExpiry(t *testing.T) {
 	m := picture(0)
 	*m.Peers[0].Permissions.Of(mesh.Routing) = mesh.Grant{Allowed: true, Until: start.Add(2 * time.Hour)}
@@ -531,6 +537,8 @@ func TestExpiry(t *testing.T) {
 	}
 }
 
+// TestDefaultRoutes checks that routes that together cover an address family, or 2000::/3 of
+// IPv6, count as a default route and not as routed networks.
 func TestDefaultRoutes(t *testing.T) {
 	for _, tt := range []struct{ routes, rest string }{
 		{"0.0.0.0/0 10.9.0.0/16", "10.9.0.0/16"},
@@ -556,6 +564,7 @@ func TestDefaultRoutes(t *testing.T) {
 	}
 }
 
+// TestCompileRefuses compiles meshes and hosts with one wrong fact each: the error names it.
 func TestCompileRefuses(t *testing.T) {
 	for want, change := range map[string]func(*Mesh, *Host){
 		"listed twice":               func(m *Mesh, _ *Host) { m.Peers[1].Name = "c" },
@@ -684,6 +693,8 @@ func TestFormer(t *testing.T) {
 	}
 }
 
+// TestDiff checks which peers Diff names after a change, and the permissions that each lost. A
+// peer is named without a lost permission when the host's addresses or uplink changed.
 func TestDiff(t *testing.T) {
 	all := compile(t, picture(mesh.Incoming|mesh.Routing|mesh.LAN), pictureHost())
 	names := func(ns []Narrowed) []string {
@@ -727,6 +738,8 @@ func TestDiff(t *testing.T) {
 	}
 }
 
+// TestReadHost reads the facts of a host, and refuses input that isn't exactly one valid
+// object of bounded size.
 func TestReadHost(t *testing.T) {
 	h, err := ReadHost(strings.NewReader(`{"interface":"utun7","uplink":"en0","forwarding":{"ipv4":true,"ipv6":true},
 		"interfaces":[{"name":"en0","addresses":["203.0.113.1/24","2001:db8:1::1/64"]}],

@@ -351,6 +351,8 @@ func carrying(t *rapid.T, r *Ruleset, dst netip.Addr) {
 	}
 }
 
+// TestLANWithoutRoutingChangesNothing checks that lan alone, without routing, changes no
+// verdict.
 func TestLANWithoutRoutingChangesNothing(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		w := drawWorld(t)
@@ -462,6 +464,7 @@ func BenchmarkFromPeer(b *testing.B) {
 	}
 }
 
+// TestAllocatesNothing checks that no verdict allocates, as the guard asks for one per packet.
 func TestAllocatesNothing(t *testing.T) {
 	r := compile(t, picture(7), pictureHost())
 	p := Packet{Src: addr("100.64.0.3"), Dst: addr("8.8.8.8"), Proto: ProtoTCP}
