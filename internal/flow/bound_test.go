@@ -151,7 +151,7 @@ func (h *pfHost) send(e *end) {
 // answer has the other end send a packet. A packet from the internet may expire between the
 // two interfaces, as its sender chooses the hop limit. The test does that only right after C
 // sent, and never with a FIN or a SYN: by packets that don't reach the guard the server could
-// keep pf's state at the uplink alive, or have pf begin it anew, which the guard can't see;
+// keep pf's state at the uplink alive, or have pf recreate it, which the guard can't see;
 // see phase.
 func (h *pfHost) answer(e *end) {
 	p := h.segment(e, false)
@@ -193,7 +193,7 @@ func (h *pfHost) arrive(e *end, p pfsim.Packet) {
 
 // TestGuardHoldsWhatPFHolds has a hostile peer and a hostile server, which know all sequence
 // numbers, try to make pf hold more states than the guard counts: by segments that pf doesn't
-// accept, answers that expire between pf and the guard, connections that begin anew, and
+// accept, answers that expire between pf and the guard, connections opened again, and
 // pauses of any length. pf removes an expired state up to 10 s late, so the count of pf is
 // compared with the flows that the guard still has 10 s later.
 func TestGuardHoldsWhatPFHolds(t *testing.T) {

@@ -389,6 +389,8 @@ func TestErrorOfPeerOnly(t *testing.T) {
 	l.from(true, refused)
 }
 
+// TestRedirectsNeverPass sends ICMP redirects (type 5, and 137 of ICMPv6) about a running flow
+// in both directions: they are refused, though other errors about it would pass.
 func TestRedirectsNeverPass(t *testing.T) {
 	l := newLab(t, 7, Options{})
 	c := conversations(flowtest.PeerC4, flowtest.Net4)[0]
@@ -550,6 +552,8 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
+// TestTally checks the statistics after packets that pass and packets that are refused: bytes
+// of routed packets, refusals by class, and an example of a refused packet.
 func TestTally(t *testing.T) {
 	l := newLab(t, routing, Options{})
 	now := l.table.Now()

@@ -65,6 +65,8 @@ func extended(headers ...[]byte) []byte {
 // ext returns an extension header of 8 bytes for extended, with bytes 2 and 3 set.
 func ext(proto, b2, b3 byte) []byte { return []byte{proto, 0, 0, b2, b3, 0, 0, 0, 0} }
 
+// TestMalformed parses packets with one fault each: all are malformed, and are dropped without
+// an answer in both directions.
 func TestMalformed(t *testing.T) {
 	frag4 := func(id uint32, offset int, more bool, size int) []byte {
 		return flowtest.Fragment(udp4, id, offset, more, make([]byte, size))
@@ -133,6 +135,8 @@ func TestMalformed(t *testing.T) {
 	}
 }
 
+// TestWellFormed parses one UDP datagram in several valid forms, with options or extension
+// headers: each has the same tuple.
 func TestWellFormed(t *testing.T) {
 	tuple4 := tuple{addressOf(flowtest.PeerC4), addressOf(flowtest.Net4), 1000, 443, 17, false}
 	tuple6 := tuple{addressOf(flowtest.PeerC6), addressOf(flowtest.Net6), 1000, 443, 17, true}
