@@ -136,6 +136,8 @@ func shortDir(t *testing.T) string {
 	return dir
 }
 
+// TestClientAndServer calls each method of the client: the service gets one call with the same
+// arguments. References that would change the URL's path are unknown peers.
 func TestClientAndServer(t *testing.T) {
 	f := newFakeService()
 	c := NewClient(serve(t, f))
@@ -201,6 +203,8 @@ func TestErrorsTravel(t *testing.T) {
 	}
 }
 
+// TestBadRequests sends requests with one fault each: the status, the code and the text of the
+// error fit the fault, and the service gets no call.
 func TestBadRequests(t *testing.T) {
 	f := newFakeService()
 	path := serve(t, f)
@@ -336,6 +340,7 @@ type deadlineRecorder struct{ *httptest.ResponseRecorder }
 func (deadlineRecorder) SetReadDeadline(time.Time) error  { return nil }
 func (deadlineRecorder) SetWriteDeadline(time.Time) error { return nil }
 
+// TestEvents reads the recorded events, and with follow also one that is recorded later.
 func TestEvents(t *testing.T) {
 	f := newFakeService()
 	c := NewClient(serve(t, f))
@@ -386,7 +391,7 @@ func TestCrowd(t *testing.T) {
 	if _, err := c.Status(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("answered in %v beside %d connections", time.Since(start), usualSlots.perUser[changer]/2)
+	t.Logf("answered in %v with %d other connections open", time.Since(start), usualSlots.perUser[changer]/2)
 }
 
 // TestOneTooMany checks that the server closes a connection beyond the limit of a user, and
@@ -459,6 +464,8 @@ func TestCredentials(t *testing.T) {
 	}
 }
 
+// TestListen checks that every user may connect to the socket, that a second helper can't
+// listen on it, that a socket without a listener is replaced, and that Close removes it.
 func TestListen(t *testing.T) {
 	dir := shortDir(t)
 	path := filepath.Join(dir, "s")
@@ -488,6 +495,8 @@ func TestListen(t *testing.T) {
 	}
 }
 
+// TestListenRefuses calls Listen with paths that it must refuse: it returns an error that says
+// why, and doesn't change an existing file.
 func TestListenRefuses(t *testing.T) {
 	dir := shortDir(t)
 	file := filepath.Join(dir, "file")
@@ -523,6 +532,8 @@ func TestListenRefuses(t *testing.T) {
 	}
 }
 
+// TestUnreachable connects where there is no socket, or one without a listener: the error is
+// ErrUnreachable and names the path.
 func TestUnreachable(t *testing.T) {
 	dir := shortDir(t)
 	dead := filepath.Join(dir, "dead")
