@@ -158,6 +158,8 @@ func ping(t testing.TB, a, b *end) {
 	}
 }
 
+// TestTwoDevices carries packets between two devices: the statistics count them, no log has a
+// complete key, and nothing is left of a removed peer.
 func TestTwoDevices(t *testing.T) {
 	a, b := newPair(t)
 	ping(t, a, b)
@@ -273,6 +275,8 @@ func TestLearnedEndpoint(t *testing.T) {
 	}
 }
 
+// TestSetRefuses calls Set with one wrong field each: it returns an error, and the peers stay
+// as they were.
 func TestSetRefuses(t *testing.T) {
 	a, b := newPair(t)
 	good := newEnd(t, 23).peer()
@@ -356,6 +360,8 @@ func TestSync(t *testing.T) {
 	}
 }
 
+// TestNewDeviceRefuses creates a device without options, and one on a port in use: NewDevice
+// returns an error, and closes the tunnel device.
 func TestNewDeviceRefuses(t *testing.T) {
 	if _, err := NewDevice(Options{}); err == nil {
 		t.Error("empty options are accepted")
@@ -381,6 +387,7 @@ func TestNewDeviceRefuses(t *testing.T) {
 	}
 }
 
+// TestDoneWhenTunnelDies has the system remove the tunnel device: Done is closed.
 func TestDoneWhenTunnelDies(t *testing.T) {
 	d, err := NewDevice(Options{
 		TUN: deadTUN{tuntest.NewChannelTUN().TUN()}, PrivateKey: meshtest.Key(t, 25), Logger: slog.New(slog.DiscardHandler),
@@ -391,7 +398,7 @@ func TestDoneWhenTunnelDies(t *testing.T) {
 	select {
 	case <-d.Done():
 	case <-time.After(patience):
-		t.Error("the device goes on without its tunnel")
+		t.Error("Done isn't closed, though the tunnel device was removed")
 	}
 	d.Close()
 }

@@ -53,6 +53,8 @@ func TestLoggerBounded(t *testing.T) {
 	}
 }
 
+// TestStatsCached checks that statistics are read at most once per interval, and less often
+// when reading takes long.
 func TestStatsCached(t *testing.T) {
 	now := time.Unix(1_700_000_000, 0)
 	reads, cost := 0, time.Millisecond
@@ -77,6 +79,8 @@ func TestStatsCached(t *testing.T) {
 	get(time.Second, 3)
 }
 
+// TestStatsReader writes the device's configuration in two parts, cut at every byte: the
+// statistics are the same, and unknown lines and peers with an invalid key are left out.
 func TestStatsReader(t *testing.T) {
 	key := meshtest.Key(t, 41).Public()
 	text := "private_key=00\nlisten_port=51820\npublic_key=" + hex.EncodeToString(key[:]) +
