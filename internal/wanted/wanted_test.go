@@ -32,6 +32,8 @@ func FuzzMark(f *testing.F) {
 	})
 }
 
+// FuzzDocument checks that an accepted document can be encoded and decoded again, and that its
+// encoding is stable.
 func FuzzDocument(f *testing.F) {
 	f.Add([]byte(`{"version":1,"generation":3,"saved":"2026-01-02T15:04:05Z","peers":[]}`))
 	f.Add([]byte(`{"version":1,"generation":1,"peers":[{"name":"phone","publicKey":"` + keyOf("phone") +
@@ -148,6 +150,7 @@ func TestMeshPrefixCollisions(t *testing.T) {
 	}
 }
 
+// FuzzSettings checks that accepted settings are the same after they are written and read.
 func FuzzSettings(f *testing.F) {
 	f.Add([]byte(`{"version":1,"settings":{"endpoint":"home.example:51820","dns":"9.9.9.9,2620:fe::9"}}`))
 	f.Add([]byte(`{"version":2}`))
