@@ -168,11 +168,11 @@ func TestStuckNamesHoldUpNone(t *testing.T) {
 		time.Sleep(20*timeout + Interval + time.Second) // by now each lookup has failed once
 		synctest.Wait()
 		if got := d.book.Names()["nas"]; got.String() != "192.0.2.9" {
-			t.Errorf("beside names that hang: %v", got)
+			t.Errorf("while other lookups hang, nas has the address %v", got)
 		}
 		d.set(func() { d.peers, d.answers["new"] = append(d.peers, "new"), addrs("192.0.2.3") })
 		if got := d.book.Names()["new"]; got.String() != "192.0.2.3" {
-			t.Errorf("a new name beside names that hang: %v", got)
+			t.Errorf("while other lookups hang, the new name has the address %v", got)
 		}
 	})
 }
