@@ -153,6 +153,8 @@ func checkFull(t *rapid.T, prefix netip.Prefix, taken int, p Prefixes) {
 	}
 }
 
+// TestGenerateFreeUntilFull generates keys until a small mesh is full: each derives a free
+// address, and the next attempt returns ErrMeshFull.
 func TestGenerateFreeUntilFull(t *testing.T) {
 	p := Prefixes{V4: netip.MustParsePrefix("192.168.7.0/28"), V6: DefaultPrefixes().V6}
 	taken := make(map[netip.Addr]bool)

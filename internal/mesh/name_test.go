@@ -22,6 +22,7 @@ func FuzzName(f *testing.F) {
 	})
 }
 
+// TestTypos checks the number of typos between two names, in which swapped letters count once.
 func TestTypos(t *testing.T) {
 	for _, c := range []struct {
 		a, b string
