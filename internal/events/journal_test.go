@@ -169,6 +169,8 @@ func TestJournalThatCannotBeWritten(t *testing.T) {
 	})
 }
 
+// FuzzDecodeEvents checks that the events of any file have increasing Seqs, can be encoded, and
+// have only text that is safe for a terminal.
 func FuzzDecodeEvents(f *testing.F) {
 	f.Add([]byte(`{"seq":1,"time":"2026-01-02T15:04:05Z","kind":"change","message":"x"}` + "\n" + `{"seq":2`))
 	f.Add([]byte(`{"seq":1,"kind":"change\u001b[2J","peer":"\u202e","message":"x\nok"}`))
