@@ -103,7 +103,7 @@ func TestTotals(t *testing.T) {
 	note()
 	count(120, 3)
 	want("read before those noted last", 150, 3)
-	count(0, 0) // the tunnel is gone
+	count(0, 0) // the tunnel was removed
 	want("without a tunnel", 150, 3)
 	note()
 	want("without a tunnel, noted", 150, 3)
@@ -349,6 +349,8 @@ func TestConcurrently(t *testing.T) {
 	wg.Wait()
 }
 
+// FuzzLearned checks that a book read from any file has usable endpoints and addresses only,
+// and is the same after it is saved and read again.
 func FuzzLearned(f *testing.F) {
 	f.Add([]byte(`{"endpoints":{"` + phone.String() + `":"203.0.113.9:51820"},"seen":{"` + phone.String() + `":"2026-06-01T12:00:00Z"}}`))
 	f.Add([]byte(`{"endpoints":{"x":"[fe80::1%en0]:1"}}`))
