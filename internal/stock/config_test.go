@@ -53,6 +53,8 @@ PersistentKeepalive = 25
 	}
 }
 
+// TestParseConfigAsWritten parses the text of configurations and writes them again: the text
+// stays the same.
 func TestParseConfigAsWritten(t *testing.T) {
 	placeholder := phoneConfig(t)
 	placeholder.PrivateKey = mesh.PrivateKey{}
@@ -71,6 +73,8 @@ func TestParseConfigAsWritten(t *testing.T) {
 	}
 }
 
+// TestParseConfigAsEdited parses a configuration in another order, case and spacing, with
+// comments and CRLF, as users and other programs write them.
 func TestParseConfigAsEdited(t *testing.T) {
 	c := phoneConfig(t)
 	text := "# my phone\r\n[interface]\r\n\tprivatekey=" + c.PrivateKey.Reveal() + " # secret\r\naddress = 100.70.8.9\naddress=fd6d:6573:6800::9/128\n" +
@@ -84,6 +88,8 @@ func TestParseConfigAsEdited(t *testing.T) {
 	}
 }
 
+// TestParseConfigRefuses parses texts with one fault each: the error is ErrBadConfig, and
+// doesn't quote the private key.
 func TestParseConfigRefuses(t *testing.T) {
 	good := phoneConfig(t).Text()
 	replace := func(old, new string) string { return strings.Replace(good, old, new, 1) }

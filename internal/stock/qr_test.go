@@ -73,6 +73,8 @@ func read(t *testing.T, drawing string, colour bool) (text, level string) {
 	return got.GetText(), level
 }
 
+// TestQRDecodes draws QR codes with and without colour and decodes them: each has the text of
+// the configuration, has error correction of level L, and fits into 80 columns.
 func TestQRDecodes(t *testing.T) {
 	full := phoneConfig(t)
 	long := phoneConfig(t)
