@@ -44,6 +44,8 @@ func read(t *testing.T, path string) string {
 	return string(b)
 }
 
+// TestRotates writes more lines than fit into all files: the newest lines are kept, each in one
+// file, and no file is larger than MaxSize.
 func TestRotates(t *testing.T) {
 	f, path := newLog(t, Options{MaxSize: MaxLine, Keep: 2})
 	line := strings.Repeat("x", 1023)
@@ -62,6 +64,7 @@ func TestRotates(t *testing.T) {
 	}
 }
 
+// TestRotatesWithoutOldFiles fills a log that keeps no old files: it begins anew.
 func TestRotatesWithoutOldFiles(t *testing.T) {
 	f, path := newLog(t, Options{MaxSize: MaxLine})
 	write(t, f, strings.Repeat("a", MaxLine))
@@ -71,6 +74,7 @@ func TestRotatesWithoutOldFiles(t *testing.T) {
 	}
 }
 
+// TestContinues opens an existing log: its size counts, so the next line rotates it.
 func TestContinues(t *testing.T) {
 	f, path := newLog(t, Options{MaxSize: MaxLine, Keep: 1})
 	write(t, f, strings.Repeat("a", MaxLine-2)+"\n")
@@ -85,6 +89,7 @@ func TestContinues(t *testing.T) {
 	}
 }
 
+// TestMode checks that the mode of the log doesn't depend on the umask.
 func TestMode(t *testing.T) {
 	f, path := newLog(t, Options{})
 	old := syscall.Umask(0o077)
@@ -95,6 +100,8 @@ func TestMode(t *testing.T) {
 	}
 }
 
+// TestLongLine writes a line longer than MaxLine: it is cut and marked as such, and the
+// caller's bytes don't change.
 func TestLongLine(t *testing.T) {
 	f, path := newLog(t, Options{})
 	long := strings.Repeat("x", 1<<20)
@@ -107,6 +114,9 @@ func TestLongLine(t *testing.T) {
 	}
 }
 
+// TestRefusesLinks has another user replace the log or its folder by a link, a pipe or a
+// folder: Write returns an error, Failed is called once, and the target of a link isn't
+// written.
 func TestRefusesLinks(t *testing.T) {
 	for name, put := range map[string]func(path, victim string) error{
 		"a link":           func(path, victim string) error { return os.Symlink(victim, path) },
@@ -184,6 +194,8 @@ func (d fullDisk) Write(b []byte) (int, error) {
 	return n, err
 }
 
+// TestFullDisk writes to a full disk: no part of a line is left, Failed is called once, and
+// once there is room again, the log has the number of lost lines.
 func TestFullDisk(t *testing.T) {
 	var told []error
 	f, path := newLog(t, Options{Failed: func(err error) { told = append(told, err) }})
@@ -238,6 +250,8 @@ func TestStuckRotation(t *testing.T) {
 	}
 }
 
+// TestManyWriters writes from several goroutines over several rotations: no line is lost or
+// mixed with another.
 func TestManyWriters(t *testing.T) {
 	f, path := newLog(t, Options{MaxSize: MaxLine, Keep: 9})
 	var g sync.WaitGroup
@@ -280,6 +294,7 @@ func TestNewRefuses(t *testing.T) {
 	}
 }
 
+// TestBound checks that Bound empties a file that is larger than the bound, and accepts a pipe.
 func TestBound(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "stderr.log")
 	h, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)

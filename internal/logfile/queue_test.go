@@ -29,6 +29,8 @@ func (g *gate) Write(b []byte) (int, error) {
 
 const generous = time.Minute
 
+// TestQueueWritesInOrder writes lines from a buffer that is reused: all arrive unchanged and in
+// order.
 func TestQueueWritesInOrder(t *testing.T) {
 	g := &gate{}
 	q := NewQueue(g)
@@ -109,6 +111,7 @@ func TestQueueSaysWhereLinesAreMissing(t *testing.T) {
 	}
 }
 
+// TestQueueOutlivesErrors has the writer fail once: that line is lost, and the next is written.
 func TestQueueOutlivesErrors(t *testing.T) {
 	g := &gate{err: errors.New("broken pipe")}
 	q := NewQueue(g)
@@ -123,6 +126,8 @@ func TestQueueOutlivesErrors(t *testing.T) {
 	}
 }
 
+// TestQueueLongLine writes a line longer than MaxLine: it is cut, and the caller's bytes don't
+// change.
 func TestQueueLongLine(t *testing.T) {
 	g := &gate{}
 	q := NewQueue(g)
