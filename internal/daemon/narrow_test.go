@@ -151,7 +151,7 @@ func TestNarrowingDoesntWait(t *testing.T) {
 					} else if !strings.Contains(e.Message, have.says) {
 						t.Errorf("message %q, want %q", e.Message, have.says)
 					}
-					did := map[string]string{"deny": "phone may no longer route", "remove": "phone is no peer any more", "new key": "phone has another key now"}[way]
+					did := map[string]string{"deny": "phone may no longer route", "remove": "phone is no longer a peer", "new key": "phone has another key now"}[way]
 					if have.code == api.CodeNotSaved && !strings.HasPrefix(e.Message, did) {
 						t.Errorf("message %q, want first what was done: %q", e.Message, did)
 					}

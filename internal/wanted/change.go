@@ -136,9 +136,9 @@ func (s *State) NotSaved(o Outcome, cause error, notHeld string) error {
 		case is != nil:
 			did, name = differences(was, is), was.Name
 		case notHeld != "":
-			did, name, back = was.Name+" is no peer any more", was.Name, "back"
+			did, name, back = was.Name+" is no longer a peer", was.Name, "back"
 		default:
-			did, name, back = was.Name+" is no peer any more and its connections have ended", was.Name, "back"
+			did, name, back = was.Name+" is no longer a peer and its connections have ended", was.Name, "back"
 		}
 		message = fmt.Sprintf("%s, but this isn't saved: after a restart %s is %s: %v", did, name, back, cause)
 	}
