@@ -217,13 +217,11 @@ func TestShares(t *testing.T) {
 				l.to(true, c.ask(flowtest.SYN))
 				l.from(true, c.answer(flowtest.SYN|flowtest.ACK))
 			}
-			// When C's flows end, the fourth peer has room.
-			if tt.last == 0 {
-				fourth := flowtest.Datagram(at(peers[3], 1), at(flowtest.Net4, 443), 0)
-				l.from(false, fourth)
-				l.later(TCPEstablished + purge + time.Second)
-				l.from(true, fourth)
-			}
+			// The fourth peer's share is full until its flows end.
+			fourth := flowtest.Datagram(at(peers[3], 1), at(flowtest.Net4, 443), 0)
+			l.from(false, fourth)
+			l.later(TCPEstablished + purge + time.Second)
+			l.from(true, fourth)
 		})
 	}
 }
