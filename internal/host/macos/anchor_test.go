@@ -92,6 +92,8 @@ func (a *Anchor) rules() []*pfconf.Rule {
 	return out
 }
 
+// TestRulesDontGrowWithPeers compiles meshes of one peer and of 3,000: the rules are the
+// same, since peers are in tables.
 func TestRulesDontGrowWithPeers(t *testing.T) {
 	one := mustAnchor(t, mustRuleset(t, testMesh(1, everything), testHost()))
 	many := mustAnchor(t, mustRuleset(t, testMesh(3000, everything, 0, mesh.Routing), testHost()))
@@ -144,11 +146,12 @@ func TestNoFloatingState(t *testing.T) {
 		}
 		// A later rule may override the verdict on IGMP.
 		if r.Quick == (r.Label == labelPrefix+"igmp") || r.Label == "" {
-			t.Errorf("rule %q: quick %v", r.Label, r.Quick)
+			t.Errorf("rule %q has quick %v", r.Label, r.Quick)
 		}
 	}
 }
 
+// TestAnchorPath checks which labels are valid as an anchor's name below com.apple.
 func TestAnchorPath(t *testing.T) {
 	for _, tt := range []struct{ label, path, err string }{
 		{"org.meshhelper", "com.apple/org.meshhelper", ""},
@@ -168,6 +171,7 @@ func TestAnchorPath(t *testing.T) {
 	}
 }
 
+// TestCompileRefuses compiles with MTUs that are out of range and with an invalid label.
 func TestCompileRefuses(t *testing.T) {
 	r := mustRuleset(t, testMesh(1, everything), testHost())
 	for _, o := range []AnchorOptions{{MTU: 1279}, {MTU: 65536}, {MTU: -1}, {Label: "com.apple/x"}} {
@@ -192,10 +196,10 @@ func TestNATAddress(t *testing.T) {
 			got := r.Pool.Addrs[0]
 			if r.Family == pfconf.Inet6 && r.Interfaces[0].Name == "en0" && named.IsValid() {
 				if got.Kind != pfconf.AddrPrefix || got.Prefix != netip.PrefixFrom(named, 128) {
-					t.Errorf("%v is named: %+v", named, got)
+					t.Errorf("with source %v, packets are translated to %+v", named, got)
 				}
 			} else if got.Kind != pfconf.AddrDynamic || got.Name != r.Interfaces[0].Name {
-				t.Errorf("%v by %s: %+v", r.Family, r.Interfaces[0].Name, got)
+				t.Errorf("%v packets by %s are translated to %+v", r.Family, r.Interfaces[0].Name, got)
 			}
 		}
 		if seen < 4 {
@@ -204,6 +208,7 @@ func TestNATAddress(t *testing.T) {
 	}
 }
 
+// TestKills checks which flows end for each way in which a peer's access can narrow.
 func TestKills(t *testing.T) {
 	all := mustRuleset(t, testMesh(2, everything), testHost())
 	elsewhere := testHost()
@@ -254,7 +259,7 @@ func TestKillsAreBounded(t *testing.T) {
 	next := mustRuleset(t, testMesh(10_000, mesh.Routing), testHost())
 	kills := Kills(old, next, policy.Diff(old, next))
 	if len(kills) > maxKills {
-		t.Errorf("%d kills", len(kills))
+		t.Errorf("Kills returned %d kills", len(kills))
 	}
 	for _, fine := range Kills(old, next, policy.Diff(old, next)[5000:5010]) {
 		if !slices.ContainsFunc(kills, func(k Kill) bool {

@@ -155,6 +155,8 @@ const (
 	first6, second6 = "fd6d:6573:6800::2", "fd6d:6573:6800::3"
 )
 
+// TestHostIsLeftAsFound enforces several meshes and closes, with forwarding initially off
+// and on: the host is restored, including another program's pf token.
 func TestHostIsLeftAsFound(t *testing.T) {
 	for _, found := range []string{"0", "1"} {
 		t.Run("forwarding found "+found, func(t *testing.T) {
@@ -226,6 +228,8 @@ func TestOnlyWhileNeeded(t *testing.T) {
 	}
 }
 
+// TestCutEndsFlows revokes a peer's routing: its flow's answers no longer arrive, and
+// another peer's still do.
 func TestCutEndsFlows(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -405,7 +409,7 @@ func TestDrift(t *testing.T) {
 			drift.do(g)
 			report := g.inspect(r)
 			if len(report.Drift) == 0 || report.Drift[0].Step != drift.step {
-				t.Fatalf("found %v", report.Drift)
+				t.Fatalf("Inspect found the drift %v", report.Drift)
 			}
 			g.must(g.p.Enforce(t.Context(), r))
 			g.clean(g.compile(m))
@@ -432,7 +436,7 @@ func TestObstacles(t *testing.T) {
 			err := g.p.Enforce(t.Context(), r)
 			var step *host.StepError
 			if !errors.As(err, &step) || !strings.Contains(err.Error(), tt.message) || step.Hint == "" {
-				t.Errorf("got %v", err)
+				t.Errorf("Enforce returned %v", err)
 			}
 			if g.mac.Kernel.Variable("net.inet.ip.forwarding") != "0" {
 				t.Error("forwarding is still on")
@@ -456,7 +460,7 @@ func TestForeignRuleIsReported(t *testing.T) {
 	g.must(g.mac.LoadAnchor("com.apple/100.other", "pass in quick on en5 from any to 100.64.0.1\n"))
 	report := g.lookAtAll()
 	if len(report.Problems) != 1 || !strings.Contains(report.Problems[0].Message, "of the anchor com.apple/100.other lets through") {
-		t.Errorf("got %v", report.Problems)
+		t.Errorf("the rule isn't reported: %v", report.Problems)
 	}
 }
 
@@ -493,7 +497,7 @@ func TestTransitByOthersCloses(t *testing.T) {
 			}
 			var named *host.StepError
 			if !errors.As(err, &named) || !strings.Contains(err.Error(), "com.apple/100.other") || named.Hint == "" {
-				t.Errorf("got %v", err)
+				t.Errorf("Enforce returned %v, want an error that names the anchor", err)
 			}
 			g.arrives("en5", "192.168.77.9", "9.9.9.9", simmac.Dropped)
 			g.must(g.mac.LoadAnchor("com.apple/100.other", "pass in on en5 all\n"))
@@ -554,7 +558,7 @@ func TestTakenRoute(t *testing.T) {
 	r := g.enforce(testMesh(2, everything))
 	report := g.inspect(r)
 	if len(report.Drift) != 0 || len(report.Problems) != 1 || !strings.Contains(report.Problems[0].Message, first) {
-		t.Errorf("got %+v", report)
+		t.Errorf("the route isn't reported: %+v", report)
 	}
 	if o := g.mac.Send(syn("100.64.0.1", first)); o.Fate != simmac.Dropped {
 		t.Errorf("the packet to the peer left by %s", o.Link)
@@ -564,6 +568,8 @@ func TestTakenRoute(t *testing.T) {
 	}
 }
 
+// TestInternetSharing enables Internet Sharing while peers route: its guests are
+// forwarded, can't reach peers, and forwarding stays on after Close.
 func TestInternetSharing(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -584,6 +590,8 @@ func TestInternetSharing(t *testing.T) {
 	}
 }
 
+// TestBusyTableIsTriedAgain has pf refuse a table as busy once: Enforce retries and
+// succeeds.
 func TestBusyTableIsTriedAgain(t *testing.T) {
 	g := newRig(t)
 	g.open()
@@ -625,7 +633,7 @@ func (g *rig) life() {
 	g.dev = nil
 	g.open()
 	g.enforce(testMesh(2, everything))
-	g.enforce(testMesh(3, everything)) // by tables
+	g.enforce(testMesh(3, everything)) // changes only tables
 	old := g.enforce(testMesh(2, everything))
 	g.must(g.p.Cut(g.t.Context(), old, policy.Diff(nil, old)))
 	g.arrives(g.p.name, first, "9.9.9.9", simmac.Forwarded)
@@ -811,6 +819,8 @@ func TestFailuresClose(t *testing.T) {
 	}
 }
 
+// TestJournal writes a journal and reads it back. A journal of another boot is empty, and
+// one that names an anchor that isn't ours is refused.
 func TestJournal(t *testing.T) {
 	dir := t.TempDir()
 	j := &journal{Version: journalVersion, Boot: "A", Anchor: "com.apple/org.meshhelper", Token: 7, Others: []uint64{1, 2}}
@@ -819,14 +829,14 @@ func TestJournal(t *testing.T) {
 	}
 	got, err := readJournal(dir, "A")
 	if err != nil || cmp.Diff(j, got) != "" {
-		t.Errorf("%v %s", err, cmp.Diff(j, got))
+		t.Errorf("the journal reads back differently: %v %s", err, cmp.Diff(j, got))
 	}
 	if got, err = readJournal(dir, "B"); err != nil || !got.IsEmpty() {
 		t.Errorf("journal of another boot: %+v %v", got, err)
 	}
 	info, err := os.Stat(filepath.Join(dir, journalName))
 	if err != nil || info.Mode().Perm() != 0o600 {
-		t.Errorf("mode %v %v", info.Mode(), err)
+		t.Errorf("the journal's mode is %v, want 0600: %v", info.Mode(), err)
 	}
 	for text, want := range map[string]string{
 		`{"version":2}`:                          "version 2 is unknown",
@@ -836,11 +846,13 @@ func TestJournal(t *testing.T) {
 		`[]`:                                     "cannot unmarshal",
 	} {
 		if _, err := parseJournal([]byte(text)); err == nil || !strings.Contains(err.Error(), want) {
-			t.Errorf("%s: %v", text, err)
+			t.Errorf("journal %s: %v", text, err)
 		}
 	}
 }
 
+// FuzzParseJournal checks that no journal names an anchor that isn't ours, which the next
+// start would flush.
 func FuzzParseJournal(f *testing.F) {
 	f.Add([]byte(`{"version":1,"boot":"A","forwarding":{"ipv4":true},"anchor":"com.apple/org.meshhelper","token":7}`))
 	f.Fuzz(func(t *testing.T, b []byte) {

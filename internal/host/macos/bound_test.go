@@ -42,7 +42,7 @@ func TestNoPeerUsesUpTheStates(t *testing.T) {
 	}
 	g.mac.Judge(func(m *pfsim.PF) {
 		if n := m.StateCount(); n > MaxStates*3/4 {
-			t.Errorf("%d states", n)
+			t.Errorf("pf holds %d states", n)
 		} else {
 			t.Logf("%d states after 50,000 flows of one peer and 10 loads", n)
 		}

@@ -50,7 +50,7 @@ func TestClosesWithItsTimeUp(t *testing.T) {
 			if step == StepRoutes { // the routing socket ignores the context
 				continue
 			}
-			t.Errorf("%s: reached %v, %v", step, reached, err)
+			t.Errorf("%s: step reached %v, error %v", step, reached, err)
 		}
 		tried++
 		if forwards() {
@@ -62,6 +62,8 @@ func TestClosesWithItsTimeUp(t *testing.T) {
 	}
 }
 
+// TestFillProblems checks that the limit of states is read from pf, and that a problem is
+// reported once the state table is 90 % full.
 func TestFillProblems(t *testing.T) {
 	for limits, want := range map[string]uint64{
 		"":                                  MaxStates,
@@ -70,14 +72,14 @@ func TestFillProblems(t *testing.T) {
 		"states        hard limit    none":                                   MaxStates,
 	} {
 		if got := statesLimit(limits); got != want {
-			t.Errorf("%q: %d, want %d", limits, got, want)
+			t.Errorf("limits %q: %d states, want %d", limits, got, want)
 		}
 	}
 	p := &Backend{}
 	for states, says := range map[uint64]bool{0: false, 8_999: false, 9_000: true, 10_001: true} {
 		p.states, p.most = states, MaxStates
 		if ps := p.stateLimitProblems(); len(ps) > 0 != says || says && !strings.Contains(ps[0].Message, "of 10000 at most") {
-			t.Errorf("%d states: %v", states, ps)
+			t.Errorf("%d states: problems %v", states, ps)
 		}
 	}
 }

@@ -42,7 +42,7 @@ func TestCutBookKnowsWhatWasOpen(t *testing.T) {
 	open[dns] = access{services: policy.DNS}
 	c.update(open, now, true)
 	if c.save(time.Minute); c.problem != nil || len(c.until) != 0 {
-		t.Fatalf("%+v", c)
+		t.Fatalf("the record isn't saved, or has cuts: %+v", c)
 	}
 	c = &cutRecord{}
 	c.load(dir, "A", now.Add(48*time.Hour))
@@ -78,7 +78,7 @@ func TestCutBook(t *testing.T) {
 	lose(c, 3, now)
 	lose(c, 1, now.Add(time.Hour))
 	if c.problem != nil || c.unsaved {
-		t.Fatalf("%+v", c)
+		t.Fatalf("the record isn't saved: %+v", c)
 	}
 	if got := fresh("B", now); len(got.until) != 0 {
 		t.Errorf("cuts of another boot: %v", got.until)
@@ -104,7 +104,7 @@ func TestCutBook(t *testing.T) {
 		t.Errorf("%d read back, want %d", len(got.until), maxCut)
 	}
 	if info, err := os.Stat(filepath.Join(dir, cutName)); err != nil || info.Size() > maxCutFile/2 {
-		t.Errorf("%v, %v", info, err)
+		t.Errorf("the file is too large: %v, %v", info, err)
 	}
 }
 
@@ -121,11 +121,11 @@ func TestCutBookOddFiles(t *testing.T) {
 		}
 		c := &cutRecord{}
 		if c.load(dir, "A", time.Now()); c.problem == nil || len(c.until) != 0 {
-			t.Errorf("%s: %+v", name, c)
+			t.Errorf("%s: the file was used: %+v", name, c)
 		}
 		c.update(mayConnect(1), time.Now(), false)
 		if c.save(time.Minute); c.problem != nil {
-			t.Errorf("%s: %v", name, c.problem)
+			t.Errorf("%s: the next save failed: %v", name, c.problem)
 		}
 	}
 }

@@ -146,7 +146,7 @@ func TestTableHoldsNoZeroHost(t *testing.T) {
 		{prefixes("::ffff:0:0/96"), prefixes("::ffff:0:0/96")},
 	} {
 		if got := storable(tt.in); !slices.Equal(got, tt.want) {
-			t.Errorf("%v: %v, want %v", tt.in, got, tt.want)
+			t.Errorf("a table of %v holds %v, want %v", tt.in, got, tt.want)
 		}
 	}
 }

@@ -78,7 +78,7 @@ func TestTransitOfAnyKind(t *testing.T) {
 			if strings.HasPrefix(c.p.Src.String(), "198.") {
 				link = "en0"
 			}
-			_, err := darwin.NewPF(g.mac).Enable(t.Context()) // for the other product
+			_, err := darwin.NewPF(g.mac).Enable(t.Context()) // the other product enables pf
 			g.must(err)
 			g.mac.Kernel.SetVariable("net.inet.ip.forwarding", "1")
 			if o := g.mac.Receive(c.p, link); o.Fate != simmac.Forwarded {
@@ -259,8 +259,8 @@ func TestLeavingWithManyPeers(t *testing.T) {
 	}
 }
 
-// TestProbingIsBounded gives the Mac many interfaces and foreign software many rules: the
-// check of those rules finishes, or returns an error that there are too many.
+// TestProbingIsBounded loads one foreign rule more than the helper judges: Enforce
+// returns an error that there are too many.
 func TestProbingIsBounded(t *testing.T) {
 	var b strings.Builder
 	for i := range maxTransitRules + 1 {
@@ -272,7 +272,7 @@ func TestProbingIsBounded(t *testing.T) {
 	start := time.Now()
 	err := g.p.Enforce(t.Context(), g.compile(testMesh(1, mesh.Routing)))
 	if err == nil || !strings.Contains(err.Error(), errTooManyRules.Error()) {
-		t.Errorf("got %v after %v", err, time.Since(start))
+		t.Errorf("the check returned %v after %v", err, time.Since(start))
 	}
 	g.arrives("en5", "192.168.77.9", "9.9.9.9", simmac.Dropped)
 }

@@ -139,11 +139,11 @@ func TestByOthersBesideEnforce(t *testing.T) {
 	}})
 	g.must(err)
 	g.p = p
-	t.Cleanup(func() { p.cuts.save(time.Minute) }) // before the folder goes
+	t.Cleanup(func() { p.cuts.save(time.Minute) }) // before the directory is removed
 	g.open()
 	packet = packetsToJudge(p.name)["web"]
 	g.enforce(testMesh(2, mesh.Routing))
-	g.enforce(testMesh(3, mesh.Routing)) // by tables
+	g.enforce(testMesh(3, mesh.Routing)) // changes only tables
 	if !asked {
 		t.Error("ByOthers wasn't called in a step")
 	}
@@ -255,6 +255,6 @@ func TestByOthersUnclear(t *testing.T) {
 	one := probe{packet: asShown(j.Packet.Packet), in: j.In}
 	by := byOthers(one.send(m), one.send(alone), "com.apple/ours", u)
 	if !by.Unclear || by.Does != host.OthersDrop || !strings.Contains(by.Where, "by-magic") {
-		t.Errorf("%+v", by)
+		t.Errorf("ByOthers says %+v, want an unclear answer", by)
 	}
 }

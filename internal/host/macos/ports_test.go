@@ -22,6 +22,8 @@ func sockets(first, last, step int) (out []uint16) {
 	return out
 }
 
+// TestChoosePorts checks the source port range for different ephemeral ranges and
+// sockets. A range without sockets stays; an overlap with a socket moves it.
 func TestChoosePorts(t *testing.T) {
 	stock := []darwin.PortRange{{First: 49152, Last: 65535}, {First: 49152, Last: 65535}}
 	for name, tt := range map[string]struct {
@@ -171,7 +173,7 @@ func testFlowsLeaveTakenPorts(t *testing.T) {
 	}
 	g.p.observePorts()
 	if len(g.inspect(r).Drift) == 0 {
-		t.Fatal("no drift")
+		t.Fatal("the taken port isn't reported as drift")
 	}
 	r = g.compile(testMesh(2, everything))
 	g.must(g.p.Enforce(t.Context(), r))
@@ -189,7 +191,7 @@ func TestUnknownSockets(t *testing.T) {
 	p.sysctl = darwin.NewSysctl(g, p.o.Kernel)
 	p.observePorts()
 	if p.ports.nat != defaultPorts || len(p.portProblems()) != 1 || !p.ports.ike(time.Now()) {
-		t.Errorf("%+v", p.ports)
+		t.Errorf("without a socket list, the ports are %+v", p.ports)
 	}
 	p.o.Kernel = g.mac
 	g.mac.Kernel.BindTCP(40000)
@@ -200,7 +202,7 @@ func TestUnknownSockets(t *testing.T) {
 	p.o.Kernel = noTables{g.mac}
 	p.observePorts()
 	if p.ports.nat != known || known.Contains(40000) || len(p.portProblems()) != 1 {
-		t.Errorf("%+v, before %v", p.ports, known)
+		t.Errorf("without a socket list, the ports are %+v, and were %v before", p.ports, known)
 	}
 	if !p.ports.ike(time.Now().Add(2 * minPortsAge)) {
 		t.Error("port 500 counts as free while the sockets can't be read")

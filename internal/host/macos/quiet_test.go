@@ -81,7 +81,7 @@ func testQuietMac(t *testing.T) {
 		q.traffic()
 		before := q.processes
 		if found := q.look(); found != nil {
-			t.Fatalf("found %v", found)
+			t.Fatalf("drift %v although nothing changed", found)
 		}
 		if n := q.processes - before; n > 1 && !q.p.lastFull.Equal(time.Now()) {
 			t.Fatalf("%d processes at one tick", n)
@@ -124,7 +124,7 @@ func TestQuietMacSeesDrift(t *testing.T) {
 				tt.do(q)
 				q.traffic()
 				if found := q.look(); len(found) == 0 || found[0] != tt.step {
-					t.Errorf("found %v, want %q", found, tt.step)
+					t.Errorf("drift %v, want %q", found, tt.step)
 				}
 			})
 		})
@@ -169,11 +169,11 @@ func TestQuietMacSeesOthers(t *testing.T) {
 					found := q.look()
 					if waited := time.Since(at); len(found) > 0 {
 						if waited > tt.within {
-							t.Errorf("found after %v", waited)
+							t.Errorf("the change was found after %v", waited)
 						}
 						break
 					} else if waited > 2*fullReadEvery {
-						t.Fatal("never found")
+						t.Fatal("the change was never found")
 					}
 				}
 			})
@@ -199,7 +199,7 @@ func testWholeLooks(t *testing.T) {
 	}
 	table() // no event shows it
 	if found := q.look(); found != nil {
-		t.Fatalf("found %v", found)
+		t.Fatalf("drift %v before an event", found)
 	}
 	q.p.hostChanged.Store(true)
 	if found := q.look(); len(found) == 0 {
@@ -214,11 +214,11 @@ func testWholeLooks(t *testing.T) {
 		found := q.look()
 		if waited := time.Since(at); len(found) > 0 {
 			if waited > fullReadEvery+tick {
-				t.Errorf("found after %v", waited)
+				t.Errorf("the change was found after %v", waited)
 			}
 			break
 		} else if waited > 2*fullReadEvery {
-			t.Fatal("never found")
+			t.Fatal("the change was never found")
 		}
 	}
 }
@@ -260,7 +260,7 @@ func TestSourceOfIPv6(t *testing.T) {
 		t.Errorf("once it is settled: %v, want %s", got, permanent)
 	}
 	if got := look(); got != addrOf(permanent) || g.p.tentative {
-		t.Errorf("later: %v", got)
+		t.Errorf("at the next look: %v", got)
 	}
 	// Lasting, the addresses that devices may use to reach the Mac, follows the same
 	// rule.

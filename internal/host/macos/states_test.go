@@ -186,6 +186,6 @@ func TestJudgingEndsWithItsContext(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if found, err := FindForeign(ctx, pfsim.New(pfsim.Options{}), a, r); !errors.Is(err, context.Canceled) {
-		t.Errorf("found %v, %v", found, err)
+		t.Errorf("an ended context gives %v, %v", found, err)
 	}
 }

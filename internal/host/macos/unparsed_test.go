@@ -149,7 +149,7 @@ func TestJudgingPanics(t *testing.T) {
 				err = g.p.Enforce(t.Context(), r)
 			}
 			if err == nil || !strings.Contains(err.Error(), "can't be judged") {
-				t.Errorf("got %v", err)
+				t.Errorf("Enforce returned %v", err)
 			}
 			g.arrives(g.p.name, first, "9.9.9.9", simmac.Dropped)
 			if v := g.mac.Kernel.Variable("net.inet.ip.forwarding"); v != "0" {
