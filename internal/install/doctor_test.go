@@ -41,6 +41,8 @@ func wrong(checks []Check) (names []string, texts string) {
 	return names, texts
 }
 
+// TestChecks breaks one part of an installed service at a time: the matching check fails
+// and says why.
 func TestChecks(t *testing.T) {
 	for name, tt := range map[string]struct {
 		spoil func(g *rig)
@@ -113,6 +115,8 @@ func (nothing) Run(context.Context, []byte, string, ...string) ([]byte, []byte, 
 	return nil, nil, -1, os.ErrNotExist
 }
 
+// TestCheckOfABadSignature has macOS refuse the program's signature: doctor names the
+// reason and the command that repairs it.
 func TestCheckOfABadSignature(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newRig(t)
@@ -162,10 +166,12 @@ func TestInstallAsksAgainAfterTheStart(t *testing.T) {
 	}
 }
 
+// TestLastLines checks the excerpt of the logs: the last lines of each, shortened and
+// without control characters.
 func TestLastLines(t *testing.T) {
 	g := newRig(t)
 	if c := LastLines(g.o); !c.OK || c.Message != "/var/log/meshhelper has no log" {
-		t.Errorf("%+v", c)
+		t.Errorf("without a log: %+v", c)
 	}
 	g.must(os.MkdirAll(g.disk(g.o.LogDir), 0o755))
 	var b strings.Builder
@@ -177,9 +183,9 @@ func TestLastLines(t *testing.T) {
 	g.must(os.WriteFile(g.disk(g.o.LogDir+"/stderr.log"), []byte("panic: no\n"), 0o600))
 	got := strings.Split(LastLines(g.o).Message, "\n")
 	if len(got) != 8 || got[0] != "/var/log/meshhelper/helper.log ends with" || got[1] != "  line 4996" || got[7] != "  panic: no" {
-		t.Errorf("%q", got)
+		t.Errorf("the last lines are %q", got)
 	}
 	if l := got[5]; strings.Contains(l, "\x1b") || len([]rune(l)) > lineRunes+3 || !strings.HasSuffix(l, "…") {
-		t.Errorf("%q", l)
+		t.Errorf("a long line with control characters is %q", l)
 	}
 }

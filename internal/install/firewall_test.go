@@ -58,7 +58,7 @@ func TestParseFirewall(t *testing.T) {
 	} {
 		on, all := parseFirewall(tt.state, tt.all)
 		if (on != nil) != tt.known || on != nil && *on != tt.on || all != tt.blockAll {
-			t.Errorf("%q, %q: %v, %v", tt.state, tt.all, on, all)
+			t.Errorf("state %q, block all %q: %v, %v", tt.state, tt.all, on, all)
 		}
 	}
 	// The three lines that socket_vmnet's installer gets, each with exit status 0.
@@ -113,7 +113,7 @@ func TestFirewallIsReadBack(t *testing.T) {
 				t.Errorf("step %q, want %q", g.steps[i], tt.want)
 			}
 			if g.mac.Allowed(g.o.Program()) == (tt.want != "") {
-				t.Errorf("allowed: %v", tt.want != "")
+				t.Errorf("the program is allowed: %v", tt.want != "")
 			}
 			// A program that was never registered needs no removal. If the removal fails,
 			// uninstall reports it.

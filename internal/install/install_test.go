@@ -102,6 +102,8 @@ func (g *rig) files() (list []string) {
 	return list
 }
 
+// TestInstall installs the helper: the files, modes, firewall rule and arguments are
+// right, and a repeated install takes the steps that the dry run prints.
 func TestInstall(t *testing.T) {
 	g := newRig(t)
 	g.must(g.install())
@@ -137,6 +139,9 @@ func TestInstall(t *testing.T) {
 	}
 }
 
+// TestUpgradeInPlace upgrades a running helper that takes time to exit: the new program
+// is a new file, since the kernel kills a program that is overwritten, and the mesh is
+// kept.
 func TestUpgradeInPlace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newRig(t)
@@ -175,6 +180,8 @@ func must1(t *testing.T) func(fs.FileInfo, error) fs.FileInfo {
 	}
 }
 
+// TestInstallRefuses installs on hosts that aren't safe or don't work: the error says
+// why, and no temporary file remains.
 func TestInstallRefuses(t *testing.T) {
 	for name, tt := range map[string]struct {
 		spoil func(g *rig)
@@ -204,7 +211,7 @@ func TestInstallRefuses(t *testing.T) {
 			defer cancel()
 			err := Install(ctx, g.o, g.report)
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
-				t.Errorf("got %v, want %q", err, tt.want)
+				t.Errorf("Install returned %v, want %q", err, tt.want)
 			}
 			for _, f := range g.files() {
 				if strings.Contains(f, "/.") {
@@ -238,17 +245,21 @@ func TestFailedUpgradeGoesOn(t *testing.T) {
 	}
 }
 
+// TestInstallSwitchedOff installs a service that the user has switched off: the error
+// says where to switch it on.
 func TestInstallSwitchedOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newRig(t)
 		g.mac.Launchd.Blocked = []string{label}
 		var e *launchd.Error
 		if err := g.install(); !errors.Is(err, launchd.SwitchedOff) || !errors.As(err, &e) || !strings.Contains(e.Hint(), "Login Items") {
-			t.Errorf("got %v", err)
+			t.Errorf("Install returned %v", err)
 		}
 	})
 }
 
+// TestFirewallIsOptional installs where a profile manages the Application Firewall: the
+// failed step is reported, and the install succeeds.
 func TestFirewallIsOptional(t *testing.T) {
 	g := newRig(t)
 	g.o.Runner = noFirewall{g.mac}
@@ -268,6 +279,7 @@ func (n noFirewall) Run(ctx context.Context, stdin []byte, path string, args ...
 	return n.Mac.Run(ctx, stdin, path, args...)
 }
 
+// TestUninstall uninstalls, which keeps the state and the logs, repeats it, and purges.
 func TestUninstall(t *testing.T) {
 	g := newRig(t)
 	g.must(g.install())
@@ -285,7 +297,7 @@ func TestUninstall(t *testing.T) {
 		t.Errorf("alive %v, restored %d times, allowed %v", g.alive, g.restored, g.mac.Allowed(g.o.Program()))
 	}
 	if got := g.files(); !slices.Equal(got, []string{"-rw------- " + g.o.StateDir + "/key"}) {
-		t.Errorf("files %q", got)
+		t.Errorf("the remaining files are %q", got)
 	}
 	if left, err := Uninstall(t.Context(), g.o, g.report); err != nil || len(left) != 2 {
 		t.Errorf("second uninstall: left %q, %v", left, err)
@@ -296,6 +308,8 @@ func TestUninstall(t *testing.T) {
 	}
 }
 
+// TestUninstallHalfRemoved purges an installation of which a part is missing: nothing
+// remains.
 func TestUninstallHalfRemoved(t *testing.T) {
 	for name, remove := range map[string]func(g *rig) string{
 		"no property list": func(g *rig) string { return g.o.List() },
@@ -312,12 +326,15 @@ func TestUninstallHalfRemoved(t *testing.T) {
 				t.Errorf("left %q, %v", left, err)
 			}
 			if got := g.files(); got != nil {
-				t.Errorf("files %q", got)
+				t.Errorf("the remaining files are %q", got)
 			}
 		})
 	}
 }
 
+// TestUninstallKeepsTheJournalWhileItIsNeeded has the restoring of the host fail: the
+// state directory with the journal stays, even with Purge, until a second uninstall
+// succeeds.
 func TestUninstallKeepsTheJournalWhileItIsNeeded(t *testing.T) {
 	g := newRig(t)
 	g.must(g.install())
@@ -335,6 +352,8 @@ func TestUninstallKeepsTheJournalWhileItIsNeeded(t *testing.T) {
 	}
 }
 
+// TestUninstallLeavesOthersLink uninstalls beside a link that leads to another program:
+// the link stays.
 func TestUninstallLeavesOthersLink(t *testing.T) {
 	g := newRig(t)
 	link := filepath.Join(g.root, linkPath)
@@ -348,6 +367,7 @@ func TestUninstallLeavesOthersLink(t *testing.T) {
 	}
 }
 
+// TestOperator checks which values of SUDO_UID are errors.
 func TestOperator(t *testing.T) {
 	env := func(v string) func(string) string { return func(string) string { return v } }
 	for v, ok := range map[string]bool{"": true, "0": true, "x": false, "-1": false, "4294967296": false, "4000000000": false} {

@@ -44,6 +44,8 @@ func TestListByAnotherParser(t *testing.T) {
 	}
 }
 
+// TestAnotherParserRefuses checks that the test's parser refuses malformed property
+// lists.
 func TestAnotherParserRefuses(t *testing.T) {
 	for _, in := range []string{
 		"", "<plist>", "<dict></dict>", "<plist><dict><string>a</string></dict></plist>", "<plist><dict><key>a</key></dict></plist>",
@@ -51,7 +53,7 @@ func TestAnotherParserRefuses(t *testing.T) {
 		"<plist><dict><key>a</key><true/><key>a</key><true/></dict></plist>",
 	} {
 		if v, err := parsePlist(in); err == nil {
-			t.Errorf("%q read as %v", in, v)
+			t.Errorf("%q was parsed as %v", in, v)
 		}
 	}
 }

@@ -177,6 +177,8 @@ func sorted(list []string) []string {
 	return list
 }
 
+// TestInstallOnLinux installs and upgrades: the files and modes are right, and the mesh
+// is kept.
 func TestInstallOnLinux(t *testing.T) {
 	g := newLinuxRig(t)
 	g.must(g.install())
@@ -251,6 +253,8 @@ func (g *linuxRig) mustUninstall() {
 	}
 }
 
+// TestInstallOnLinuxRefuses installs on hosts that aren't safe or don't work: the error
+// says why.
 func TestInstallOnLinuxRefuses(t *testing.T) {
 	for name, tt := range map[string]struct {
 		spoil func(g *linuxRig)
@@ -280,7 +284,7 @@ func TestInstallOnLinuxRefuses(t *testing.T) {
 			g := newLinuxRig(t)
 			tt.spoil(g)
 			if err := g.install(); err == nil || !strings.Contains(err.Error(), tt.want) {
-				t.Errorf("got %v, want %q", err, tt.want)
+				t.Errorf("Install returned %v, want %q", err, tt.want)
 			}
 		})
 	}
@@ -300,7 +304,7 @@ func TestFailedUpgradeStartsAgain(t *testing.T) {
 			g.o.Keep = func() error { interrupt(); return full }
 			g.steps = nil
 			if err := Install(ctx, g.o, g.report); !errors.Is(err, full) {
-				t.Errorf("got %v", err)
+				t.Errorf("Install returned %v", err)
 			}
 			said := slices.Contains(g.steps, "start the service meshhelper again, because it ran before")
 			if g.systemd.active["meshhelper.service"] != ran || said != ran {
@@ -339,7 +343,7 @@ func TestUninstallOnLinuxWithoutSystemd(t *testing.T) {
 	g.systemd.active, g.systemd.loaded = map[string]bool{}, nil
 	g.mustUninstall()
 	if g.restored != 1 {
-		t.Errorf("restored %d times", g.restored)
+		t.Errorf("the host was restored %d times, want once", g.restored)
 	}
 }
 
@@ -374,6 +378,7 @@ func TestUnit(t *testing.T) {
 	}
 }
 
+// TestQuoteUnit checks the quoting of words in a unit's command line.
 func TestQuoteUnit(t *testing.T) {
 	for word, want := range map[string]string{
 		"/a b": `"/a b"`, `%n $HOME`: `"%%n $$HOME"`, `\"`: `"\\\""`, "a\nb": `"a\nb"`,
