@@ -79,7 +79,7 @@ func TestAddressesChange(t *testing.T) {
 	}
 	after := status(t, m)
 	if after.State != "enforcing" || len(after.Problems) > 0 {
-		t.Errorf("%s, problems %v", after.State, after.Problems)
+		t.Errorf("the state is %s, with the problems %v", after.State, after.Problems)
 	}
 	for line := range strings.Lines(do(t, m, "events").Stdout) {
 		if strings.Contains(line, "problem") || strings.Contains(line, "repair") {

@@ -43,7 +43,7 @@ func TestManyPeers(t *testing.T) {
 	b := status(t, m)
 	asked := time.Since(began)
 	if b.State != "enforcing" || len(b.Peers) != peers {
-		t.Errorf("%d peers, state %s", len(b.Peers), b.State)
+		t.Errorf("status has %d peers and the state %s", len(b.Peers), b.State)
 	}
 	began = time.Now()
 	if _, err := m.Do(t.Context(), "peer", "deny", "C", "routing"); err != nil {

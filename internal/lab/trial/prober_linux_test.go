@@ -23,7 +23,7 @@ import (
 type shot struct {
 	by     *netlab.Host
 	link   string         // the packet is forged on this link
-	packet []byte         // in the link's framing
+	packet []byte         // the IP packet to forge
 	to     netip.AddrPort // instead of link and packet: the destination of B's own socket
 	token  string
 	reason string
