@@ -32,6 +32,7 @@ func daemon() *launchd.Job {
 	}
 }
 
+// TestRenderGolden renders the job of the golden file and parses it back.
 func TestRenderGolden(t *testing.T) {
 	got, err := daemon().Render()
 	if err != nil {
@@ -53,6 +54,7 @@ func TestRenderGolden(t *testing.T) {
 	}
 }
 
+// TestKeepAliveForms renders and parses each form of KeepAlive.
 func TestKeepAliveForms(t *testing.T) {
 	for name, k := range map[string]*launchd.KeepAlive{
 		"never":      {},
@@ -82,6 +84,7 @@ func inPlist(s string) []byte {
 	return []byte(`<?xml version="1.0" encoding="UTF-8"?><plist version="1.0"><dict>` + s + `</dict></plist>`)
 }
 
+// TestParseOthers parses a job with keys and forms that Render doesn't write.
 func TestParseOthers(t *testing.T) {
 	j, err := launchd.Parse(inPlist(`<key>Label</key><string>x</string>
 <key>ProgramArguments</key><array><string>/bin/x</string></array>
@@ -105,6 +108,7 @@ func TestParseOthers(t *testing.T) {
 	}
 }
 
+// TestParseRefuses parses malformed jobs and property lists.
 func TestParseRefuses(t *testing.T) {
 	for name, in := range map[string]string{
 		"nothing":        "",
@@ -126,6 +130,8 @@ func TestParseRefuses(t *testing.T) {
 	}
 }
 
+// TestCheckRules breaks one rule of a job at a time: Check names it, and Render refuses
+// the job.
 func TestCheckRules(t *testing.T) {
 	for _, tt := range []struct {
 		rule  string
@@ -165,10 +171,12 @@ func TestCheckRules(t *testing.T) {
 	}
 }
 
+// TestCheckFile breaks one rule of a property list's file at a time, as launchd checks
+// them.
 func TestCheckFile(t *testing.T) {
 	good := launchd.File{Path: "/Library/LaunchDaemons/" + label + ".plist", Mode: 0o644}
 	if v := launchd.CheckFile(good, label); len(v) > 0 {
-		t.Errorf("good file: %v", v)
+		t.Errorf("a valid file breaks %v", v)
 	}
 	for rule, spoil := range map[string]func(*launchd.File){
 		"place": func(f *launchd.File) { f.Path = "/tmp/" + label + ".plist" },
@@ -190,6 +198,7 @@ func TestCheckFile(t *testing.T) {
 	}
 }
 
+// TestCheckProgram makes one file on the path to the program unsafe at a time.
 func TestCheckProgram(t *testing.T) {
 	chain := func() []launchd.File {
 		return []launchd.File{
@@ -200,7 +209,7 @@ func TestCheckProgram(t *testing.T) {
 		}
 	}
 	if v := launchd.CheckProgram(chain()); len(v) > 0 {
-		t.Errorf("good chain: %v", v)
+		t.Errorf("a valid chain breaks %v", v)
 	}
 	for name, spoil := range map[string]func([]launchd.File){
 		"owner of program":    func(c []launchd.File) { c[0].UID = 501 },
@@ -214,11 +223,13 @@ func TestCheckProgram(t *testing.T) {
 		c := chain()
 		spoil(c)
 		if v := launchd.CheckProgram(c); len(v) != 1 {
-			t.Errorf("%s: %v", name, v)
+			t.Errorf("%s: want one broken rule, got %v", name, v)
 		}
 	}
 }
 
+// TestChainOfThisBinary checks that Chain lists the test binary and its directories up to
+// the root.
 func TestChainOfThisBinary(t *testing.T) {
 	exe, err := os.Executable()
 	if err != nil {
@@ -236,6 +247,8 @@ func TestChainOfThisBinary(t *testing.T) {
 	}
 }
 
+// FuzzParse checks that a parsed job without broken rules renders, and that the rendering
+// is stable.
 func FuzzParse(f *testing.F) {
 	golden, err := os.ReadFile(filepath.Join("testdata", label+".plist"))
 	if err != nil {

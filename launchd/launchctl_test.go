@@ -63,6 +63,8 @@ func newMac(t *testing.T) *mac {
 	return m
 }
 
+// TestLoadFirstTime loads a service that was never loaded, and checks the commands for
+// it.
 func TestLoadFirstTime(t *testing.T) {
 	m := newMac(t)
 	s, err := m.ctl.Load(t.Context(), label, plistPath)
@@ -107,11 +109,12 @@ func TestLoadUpgradeWaits(t *testing.T) {
 	})
 }
 
+// TestLoadDisabledBefore loads a disabled service, which enables it.
 func TestLoadDisabledBefore(t *testing.T) {
 	m := newMac(t)
 	m.Disable(label)
 	if d, err := m.ctl.Disabled(t.Context(), label); err != nil || !d {
-		t.Fatalf("disabled: %v, %v", d, err)
+		t.Fatalf("the service isn't disabled: %v, %v", d, err)
 	}
 	if _, err := m.ctl.Load(t.Context(), label, plistPath); err != nil {
 		t.Fatal(err)
@@ -121,6 +124,8 @@ func TestLoadDisabledBefore(t *testing.T) {
 	}
 }
 
+// TestLoadSwitchedOff loads a service that the user has switched off: the error's hint
+// names the setting.
 func TestLoadSwitchedOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newMac(t)
@@ -128,7 +133,7 @@ func TestLoadSwitchedOff(t *testing.T) {
 		_, err := m.ctl.Load(t.Context(), label, plistPath)
 		var e *launchd.Error
 		if !errors.Is(err, launchd.SwitchedOff) || !errors.As(err, &e) {
-			t.Fatalf("got %v", err)
+			t.Fatalf("Load returned %v", err)
 		}
 		if !strings.Contains(e.Hint(), "Login Items & Extensions") {
 			t.Errorf("hint %q doesn't name the switch's location", e.Hint())
@@ -145,13 +150,15 @@ func TestLoadSwitchedOffWhileItRuns(t *testing.T) {
 	}
 	m.Blocked = []string{label}
 	if _, err := m.ctl.Load(t.Context(), label, plistPath); !errors.Is(err, launchd.SwitchedOff) {
-		t.Errorf("got %v", err)
+		t.Errorf("Load returned %v", err)
 	}
 	if s, err := m.ctl.Print(t.Context(), label); err != nil || !s.Running() {
-		t.Errorf("%v, %v", s, err)
+		t.Errorf("the service doesn't run any more: %v, %v", s, err)
 	}
 }
 
+// TestBootstrapRefused bootstraps a property list that launchd refuses: it answers with
+// error 5, as it does for some seconds after an unload, so Bootstrap retries for 15 s.
 func TestBootstrapRefused(t *testing.T) {
 	for name, spoil := range map[string]func(*mac){
 		"group may write": func(m *mac) { m.file.Mode = 0o664 },
@@ -166,7 +173,7 @@ func TestBootstrapRefused(t *testing.T) {
 				err := m.ctl.Bootstrap(t.Context(), label, plistPath)
 				var e *launchd.Error
 				if !errors.As(err, &e) || e.Code != launchd.InputOutput || e.Hint() == "" {
-					t.Fatalf("got %v", err)
+					t.Fatalf("Bootstrap returned %v", err)
 				}
 				if d := time.Since(begin); d < 15*time.Second || d > 16*time.Second {
 					t.Errorf("gave up after %v, want 15 s", d)
@@ -176,13 +183,15 @@ func TestBootstrapRefused(t *testing.T) {
 	}
 }
 
+// TestBootstrapDisabled bootstraps a disabled service: the hint names the command that
+// enables it.
 func TestBootstrapDisabled(t *testing.T) {
 	m := newMac(t)
 	m.Disable(label)
 	err := m.ctl.Bootstrap(t.Context(), label, plistPath)
 	var e *launchd.Error
 	if !errors.Is(err, launchd.Disabled) || !errors.As(err, &e) || !strings.Contains(e.Hint(), "launchctl enable") {
-		t.Errorf("got %v", err)
+		t.Errorf("Bootstrap returned %v", err)
 	}
 }
 
@@ -238,7 +247,7 @@ func TestLoadWaitsForTheSecondSpawn(t *testing.T) {
 		m.job.KeepAlive = &launchd.KeepAlive{Always: true}
 		m.RefuseSignature(label, 1)
 		if s, err := m.ctl.Load(t.Context(), label, plistPath); err != nil || !s.Running() {
-			t.Errorf("%v, %v", s, err)
+			t.Errorf("after one refusal: %v, %v", s, err)
 		}
 		m.RefuseSignature(label, 2)
 		if s, err := m.ctl.Load(t.Context(), label, plistPath); err != nil || !s.Running() {
@@ -247,6 +256,8 @@ func TestLoadWaitsForTheSecondSpawn(t *testing.T) {
 	})
 }
 
+// TestLoadBadSignature has the kernel refuse every process of the program: the error
+// names the signature.
 func TestLoadBadSignature(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newMac(t)
@@ -255,7 +266,7 @@ func TestLoadBadSignature(t *testing.T) {
 		_, err := m.ctl.Load(t.Context(), label, plistPath)
 		var e *launchd.Error
 		if !errors.Is(err, launchd.CodeSigning) || !errors.As(err, &e) || !strings.Contains(e.Hint(), "codesign") || !strings.Contains(e.Message, "OS_REASON_CODESIGNING") {
-			t.Errorf("got %v", err)
+			t.Errorf("Load returned %v", err)
 		}
 		if m.lives() != nil {
 			t.Errorf("instances %q", m.lives())
@@ -369,6 +380,7 @@ func (s slowBootout) Run(ctx context.Context, stdin []byte, path string, args ..
 	return stdout, stderr, status, err
 }
 
+// TestBootstrapLoadedAlready bootstraps a loaded service: that isn't an error.
 func TestBootstrapLoadedAlready(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newMac(t)
@@ -382,6 +394,8 @@ func TestBootstrapLoadedAlready(t *testing.T) {
 	})
 }
 
+// TestBootoutNeverLeaves has the old process outlive every wait: Bootout returns an
+// error, and respects its context.
 func TestBootoutNeverLeaves(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newMac(t)
@@ -391,7 +405,7 @@ func TestBootoutNeverLeaves(t *testing.T) {
 		}
 		err := m.ctl.Bootout(t.Context(), label)
 		if !errors.Is(err, launchd.InProgress) || !strings.Contains(err.Error(), "SIGTERMed") {
-			t.Errorf("got %v", err)
+			t.Errorf("Bootout returned %v", err)
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
@@ -401,6 +415,7 @@ func TestBootoutNeverLeaves(t *testing.T) {
 	})
 }
 
+// TestAbsentService boots out, prints and kickstarts a service that isn't loaded.
 func TestAbsentService(t *testing.T) {
 	m := newMac(t)
 	if err := m.ctl.Bootout(t.Context(), label); err != nil {
@@ -414,6 +429,8 @@ func TestAbsentService(t *testing.T) {
 	}
 }
 
+// TestKickstartKills checks that kickstart leaves a running service alone, and replaces
+// its process with -k.
 func TestKickstartKills(t *testing.T) {
 	m := newMac(t)
 	before, err := m.ctl.Load(t.Context(), label, plistPath)
@@ -436,6 +453,7 @@ func TestKickstartKills(t *testing.T) {
 	}
 }
 
+// TestBootLoadsWhatIsEnabled reboots with the service enabled and then disabled.
 func TestBootLoadsWhatIsEnabled(t *testing.T) {
 	m := newMac(t)
 	if _, err := m.ctl.Load(t.Context(), label, plistPath); err != nil {
@@ -458,6 +476,7 @@ func TestBootLoadsWhatIsEnabled(t *testing.T) {
 	}
 }
 
+// TestLabelsAreChecked checks that no invalid label or path reaches a command.
 func TestLabelsAreChecked(t *testing.T) {
 	m := newMac(t)
 	for _, bad := range []string{"", "a/b", "-k", "a b", "x\n"} {
@@ -480,6 +499,7 @@ func (brokenRunner) Run(context.Context, []byte, string, ...string) ([]byte, []b
 	return nil, nil, -1, errors.New("no such program")
 }
 
+// TestRunnerFails checks that each call returns an error if no program can be run.
 func TestRunnerFails(t *testing.T) {
 	ctl := launchd.New(launchd.Options{Runner: brokenRunner{}})
 	if _, err := ctl.Load(t.Context(), label, plistPath); err == nil {
