@@ -11,6 +11,8 @@ import (
 	"github.com/meshhelper/meshhelper/darwin/darwintest"
 )
 
+// TestForwarding enables and disables forwarding in each family, repeatedly, and reads it
+// back. Both are off at the end.
 func TestForwarding(t *testing.T) {
 	k := darwintest.NewKernel()
 	s := darwin.NewSysctl(k, k)
@@ -39,6 +41,8 @@ type variables struct {
 
 func (v variables) Sysctl(string) (string, error) { return v.value, v.err }
 
+// TestSysctlOddAnswers has sysctl fail or give unexpected answers: reading and setting
+// return errors.
 func TestSysctlOddAnswers(t *testing.T) {
 	ctx := t.Context()
 	for name, v := range map[string]variables{
@@ -90,6 +94,7 @@ func TestSysctlReadsWithoutAProcess(t *testing.T) {
 	}
 }
 
+// TestBoot checks that a boot changes the boot session and resets forwarding and tunnels.
 func TestBoot(t *testing.T) {
 	k := darwintest.NewKernel()
 	s := darwin.NewSysctl(k, k)
@@ -117,6 +122,8 @@ func TestBoot(t *testing.T) {
 	}
 }
 
+// TestTunnelNumbersClimb checks that the fake kernel, like a Mac's, doesn't reuse the
+// number of a removed tunnel at once, and creates no tunnel with another kind of name.
 func TestTunnelNumbersClimb(t *testing.T) {
 	k := darwintest.NewKernel()
 	first, err := k.CreateTunnel("utun", 1420)
@@ -136,6 +143,7 @@ func TestTunnelNumbersClimb(t *testing.T) {
 	}
 }
 
+// TestAddresses sets a tunnel's addresses and MTU, and removes the addresses.
 func TestAddresses(t *testing.T) {
 	k := darwintest.NewKernel()
 	ctx := t.Context()
@@ -160,7 +168,7 @@ func TestAddresses(t *testing.T) {
 	i := n.Interface(name)
 	if i.MTU != 1420 || len(i.Addresses) != 2 || i.Addresses[0].Prefix != netip.PrefixFrom(v4, 32) ||
 		i.Addresses[0].Peer != v4 || i.Addresses[1].Prefix != netip.PrefixFrom(v6, 128) {
-		t.Errorf("interface %+v", i)
+		t.Errorf("the interface is %+v", i)
 	}
 	if err := c.AddAddress(ctx, name, v4); err == nil || !strings.Contains(err.Error(), "File exists") {
 		t.Errorf("the same address twice: %v", err)
@@ -178,6 +186,8 @@ func TestAddresses(t *testing.T) {
 	}
 }
 
+// TestIfconfigRefuses checks that invalid interface names, addresses and MTUs are refused,
+// and that a warning of ifconfig is an error.
 func TestIfconfigRefuses(t *testing.T) {
 	k := darwintest.NewKernel()
 	ctx := t.Context()

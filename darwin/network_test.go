@@ -87,6 +87,8 @@ func TestObserve(t *testing.T) {
 	}
 }
 
+// TestUplink checks that only an unscoped default route by a suitable interface makes an
+// uplink.
 func TestUplink(t *testing.T) {
 	k := newLaptop(t)
 	i, gateway := observe(t, k).Uplink(darwin.IPv4)
@@ -111,6 +113,7 @@ func TestUplink(t *testing.T) {
 	}
 }
 
+// TestLeadsOut checks which kinds of interfaces can be an uplink.
 func TestLeadsOut(t *testing.T) {
 	for name, want := range map[string]bool{
 		"en0": true, "en12": true, "pdp_ip0": true, "ppp0": true, "utun3": true, "ipsec0": true, "bridge0": true, "gif0": false,
@@ -125,6 +128,7 @@ func TestLeadsOut(t *testing.T) {
 	}
 }
 
+// TestRouted checks which routes Routed lists, with their interfaces.
 func TestRouted(t *testing.T) {
 	var got []string
 	for _, r := range observe(t, newLaptop(t)).Routed() {
@@ -173,6 +177,8 @@ func newTunnel(t *testing.T, k *darwintest.Kernel) int {
 	return observe(t, k).Interface(name).Index
 }
 
+// TestRouterThroughStates sets different routes one after another: each time exactly the
+// wanted ones have our mark, and foreign routes don't change.
 func TestRouterThroughStates(t *testing.T) {
 	k := newLaptop(t)
 	before := observe(t, k).Routes
@@ -202,6 +208,8 @@ func TestRouterThroughStates(t *testing.T) {
 	}
 }
 
+// TestRouterRepairs has another program delete a route of ours: the next Set adds it
+// again.
 func TestRouterRepairs(t *testing.T) {
 	k := newLaptop(t)
 	tun := newTunnel(t, k)
@@ -218,6 +226,8 @@ func TestRouterRepairs(t *testing.T) {
 	}
 }
 
+// TestRouterTaken has another program hold a wanted route: Set reports it, adds the
+// others, and never deletes the foreign one.
 func TestRouterTaken(t *testing.T) {
 	k := newLaptop(t)
 	tun := newTunnel(t, k)
@@ -229,10 +239,10 @@ func TestRouterTaken(t *testing.T) {
 	r := darwin.NewRouter(k)
 	err := r.Set(tun, prefixes("100.64.0.2/32", "100.64.0.3/32"))
 	if !errors.Is(err, darwin.ErrRouteTaken) || !strings.Contains(err.Error(), "100.64.0.2/32") {
-		t.Errorf("got %v", err)
+		t.Errorf("Set returned %v", err)
 	}
 	if got := marked(t, k); !slices.Equal(got, []string{"100.64.0.3/32"}) {
-		t.Errorf("ours: %q", got)
+		t.Errorf("the routes of ours are %q", got)
 	}
 	if err := r.Set(tun, nil); err != nil {
 		t.Error(err)
@@ -242,6 +252,7 @@ func TestRouterTaken(t *testing.T) {
 	}
 }
 
+// TestRouterRefuses sets routes that are invalid or would replace a default route.
 func TestRouterRefuses(t *testing.T) {
 	k := newLaptop(t)
 	tun := newTunnel(t, k)
@@ -262,6 +273,8 @@ func TestRouterRefuses(t *testing.T) {
 	}
 }
 
+// TestSweepAfterCrash sweeps a pinned endpoint's route after a crash: only a route of
+// ours is deleted.
 func TestSweepAfterCrash(t *testing.T) {
 	k := newLaptop(t)
 	en0 := observe(t, k).Interface("en0").Index

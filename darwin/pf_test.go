@@ -161,6 +161,8 @@ func newPF(t *testing.T) (*darwin.PF, *darwintest.PF, *textEngine) {
 	return darwin.NewPF(f), f, e
 }
 
+// TestTokens takes two tokens and releases them: pf stays enabled until the last one is
+// released.
 func TestTokens(t *testing.T) {
 	pf, f, _ := newPF(t)
 	ctx := t.Context()
@@ -217,10 +219,12 @@ func TestStates(t *testing.T) {
 	}}
 	states, err := pf.States(t.Context())
 	if err != nil || len(states) != 1 || states[0].Inner != inner || states[0].Outer != outer || states[0].Translated.Port() != 500 {
-		t.Errorf("%+v, %v", states, err)
+		t.Errorf("the states are %+v, %v", states, err)
 	}
 }
 
+// TestDisabledByOthers has another program disable pf: the tokens are gone, and a release
+// says so.
 func TestDisabledByOthers(t *testing.T) {
 	pf, f, _ := newPF(t)
 	token, err := pf.Enable(t.Context())
@@ -385,6 +389,8 @@ func spelled(entries []pfconf.Address) (s []string) {
 	return s
 }
 
+// TestLoadRefused has pfctl refuse a load: the error names the reason, and the old rules
+// stay.
 func TestLoadRefused(t *testing.T) {
 	pf, _, e := newPF(t)
 	if err := pf.Load(t.Context(), anchor, "pass all\n"); err != nil {
@@ -404,6 +410,7 @@ func TestLoadRefused(t *testing.T) {
 	}
 }
 
+// TestKillBothWaysAndFamilies checks that Kill ends the states from and to each prefix.
 func TestKillBothWaysAndFamilies(t *testing.T) {
 	pf, _, e := newPF(t)
 	err := pf.Kill(t.Context(), netip.MustParsePrefix("100.64.0.2/32"), netip.MustParsePrefix("fd00::2/128"), netip.MustParsePrefix("10.1.2.3/8"))
@@ -517,6 +524,7 @@ func TestShowAll(t *testing.T) {
 	})
 }
 
+// TestSkipped parses the interfaces that pf skips.
 func TestSkipped(t *testing.T) {
 	pf, _, e := newPF(t)
 	e.skipped = map[string]bool{"ALL": false, "en0": false, "lo0": true, "utun3": true}
@@ -526,6 +534,7 @@ func TestSkipped(t *testing.T) {
 	}
 }
 
+// TestNamesAreChecked checks that no invalid anchor or table name reaches pfctl.
 func TestNamesAreChecked(t *testing.T) {
 	pf, f, _ := newPF(t)
 	ctx := t.Context()

@@ -21,6 +21,7 @@ func shell(t *testing.T, e darwin.Exec, ctx context.Context, stdin, script strin
 	return string(out), string(errOut), status, err
 }
 
+// TestExec checks the input, environment and result of a program, and its failures.
 func TestExec(t *testing.T) {
 	t.Setenv("MESH_SECRET", "x")
 	out, errOut, status, err := shell(t, patient, t.Context(), "in", `cat; echo "$LC_ALL $MESH_SECRET $PWD"; echo talk >&2; exit 3`)
@@ -38,6 +39,8 @@ func TestExec(t *testing.T) {
 	}
 }
 
+// TestExecDrainsBothPipes has a program fill stdout and stderr alternately, which would
+// deadlock if one weren't drained.
 func TestExecDrainsBothPipes(t *testing.T) {
 	out, errOut, status, err := shell(t, patient, t.Context(), "",
 		`i=0; while [ $i -lt 3000 ]; do echo "................................................"; echo "++++++++++++++++++++++++++++++++++++++++++++++++" >&2; i=$((i+1)); done`)
@@ -46,15 +49,17 @@ func TestExecDrainsBothPipes(t *testing.T) {
 	}
 }
 
+// TestExecTimesOut has a program exceed its timeout, with a child that keeps the pipes
+// open.
 func TestExecTimesOut(t *testing.T) {
 	begin := time.Now()
 	// The shell's child keeps the pipes open.
 	_, _, _, err := shell(t, darwin.Exec{Timeout: 50 * time.Millisecond}, t.Context(), "", "sleep 60 & sleep 60")
 	if !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("got %v", err)
+		t.Errorf("a program beyond its timeout: %v", err)
 	}
 	if d := time.Since(begin); d > 30*time.Second {
-		t.Errorf("took %v", d)
+		t.Errorf("the timeout took %v", d)
 	}
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(errors.New("the helper stops"))
@@ -66,6 +71,6 @@ func TestExecTimesOut(t *testing.T) {
 func TestExecBoundsOutput(t *testing.T) {
 	_, _, _, err := shell(t, patient, t.Context(), "", "head -c 40000000 /dev/zero")
 	if err == nil || !strings.Contains(err.Error(), "bytes of output") {
-		t.Errorf("got %v", err)
+		t.Errorf("a program with too much output: %v", err)
 	}
 }

@@ -10,16 +10,18 @@ import (
 	"github.com/meshhelper/meshhelper/darwin/internal/xnu"
 )
 
+// TestEphemeralPorts reads the ephemeral ranges, also one that the kernel counts down,
+// and refuses invalid values.
 func TestEphemeralPorts(t *testing.T) {
 	k := darwintest.NewKernel()
 	s := darwin.NewSysctl(k, k)
 	if got, err := s.EphemeralPorts(); err != nil || !slices.Equal(got, []darwin.PortRange{{49152, 65535}, {49152, 65535}}) {
-		t.Errorf("%v, %v", got, err)
+		t.Errorf("the default ranges are %v, %v", got, err)
 	}
 	k.SetVariable(xnu.PortFirst, "60000") // first above last: the kernel counts down
 	k.SetVariable(xnu.PortLast, "30000")
 	if got, err := s.EphemeralPorts(); err != nil || got[0] != (darwin.PortRange{30000, 60000}) {
-		t.Errorf("%v, %v", got, err)
+		t.Errorf("the range downwards is %v, %v", got, err)
 	}
 	for _, bad := range []string{"", "65536", "-1", "x"} {
 		k.SetVariable(xnu.PortFirst, bad)
@@ -29,6 +31,7 @@ func TestEphemeralPorts(t *testing.T) {
 	}
 }
 
+// TestReadSockets reads the ports of all sockets: each once, and none of a closed socket.
 func TestReadSockets(t *testing.T) {
 	k := darwintest.NewKernel()
 	if s, err := darwin.ReadSockets(k); err != nil || len(s.TCP) != 0 || !slices.Equal(s.UDP, []uint16{5353}) {
@@ -42,7 +45,7 @@ func TestReadSockets(t *testing.T) {
 	closed()
 	s, err := darwin.ReadSockets(k)
 	if err != nil || !slices.Equal(s.UDP, []uint16{500, 5353, 41641}) || !slices.Equal(s.TCP, []uint16{22}) {
-		t.Errorf("%v, %v", s, err)
+		t.Errorf("the bound ports are %v, %v", s, err)
 	}
 	k.Boot()
 	if s, err := darwin.ReadSockets(k); err != nil || len(s.TCP) != 0 || !slices.Equal(s.UDP, []uint16{5353}) {

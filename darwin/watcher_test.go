@@ -38,6 +38,8 @@ func watch(t *testing.T, k darwin.Kernel) *atomic.Int32 {
 	return &n
 }
 
+// TestWatcherReportsFirstAtOnceAndThenTheBurst checks that the first event is reported at
+// once, and the events right after it in one report.
 func TestWatcherReportsFirstAtOnceAndThenTheBurst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		k := newLaptop(t)
@@ -70,6 +72,8 @@ func TestWatcherReportsFirstAtOnceAndThenTheBurst(t *testing.T) {
 	})
 }
 
+// TestWatcherDoesNotWaitForEver has events arrive without a pause: they are still
+// reported about once a second.
 func TestWatcherDoesNotWaitForEver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		k := newLaptop(t)
@@ -84,6 +88,8 @@ func TestWatcherDoesNotWaitForEver(t *testing.T) {
 	})
 }
 
+// TestWatcherIgnoresTraffic announces routing messages of ordinary traffic and malformed
+// ones: none is reported.
 func TestWatcherIgnoresTraffic(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		k := newLaptop(t)
