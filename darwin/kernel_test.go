@@ -17,13 +17,16 @@ func TestForwarding(t *testing.T) {
 	k := darwintest.NewKernel()
 	s := darwin.NewSysctl(k, k)
 	ctx := t.Context()
-	for _, f := range []darwin.Family{darwin.IPv4, darwin.IPv6} {
+	for f, other := range map[darwin.Family]string{darwin.IPv4: "net.inet6.ip6.forwarding", darwin.IPv6: "net.inet.ip.forwarding"} {
 		for _, want := range []bool{false, true, true, false} {
 			if err := s.SetForwarding(ctx, f, want); err != nil {
 				t.Fatal(err)
 			}
 			if got, err := s.Forwarding(f); err != nil || got != want {
 				t.Errorf("%v forwarding %v, %v, want %v", f, got, err, want)
+			}
+			if k.Variable(other) != "0" {
+				t.Errorf("setting %v forwarding to %v set %s", f, want, other)
 			}
 		}
 	}
