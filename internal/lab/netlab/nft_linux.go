@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -219,6 +220,10 @@ func printBytes(b []byte) string {
 	return fmt.Sprintf("%x", b)
 }
 
+// nftChanging is held while a change is made: the library numbers sets by a variable of its
+// package.
+var nftChanging sync.Mutex
+
 // nft changes the host's ruleset in one transaction.
 func (h *Host) nft(change func(*nftables.Conn)) error {
 	return h.Do(func() error {
@@ -226,7 +231,9 @@ func (h *Host) nft(change func(*nftables.Conn)) error {
 		if err != nil {
 			return err
 		}
+		nftChanging.Lock()
 		change(c)
+		nftChanging.Unlock()
 		return c.Flush()
 	})
 }
