@@ -220,18 +220,14 @@ func (l *limited) makeRoom(s share) {
 // end frees the slot of p, which is closed, and ends what waits for p. A second call has no
 // effect: makeRoom ends p before its handler closes it. The caller holds l.mu.
 func (l *limited) end(p *peerConn) {
-	l.release(p)
-	if !p.ended {
-		p.ended = true
+	if !p.released {
+		l.release(p)
 		close(p.closed)
 	}
 }
 
-// release frees p's slot. A second call has no effect. The caller holds l.mu.
+// release frees p's slot, which p has. The caller holds l.mu.
 func (l *limited) release(p *peerConn) {
-	if p.released {
-		return
-	}
 	p.released = true
 	l.used[p.class]--
 	if l.byUser[p.share()]--; l.byUser[p.share()] == 0 {
@@ -311,7 +307,6 @@ type peerConn struct {
 	// Under the listener's lock:
 	class    class
 	released bool // the slot was freed
-	ended    bool // closed is closed
 }
 
 // share returns which perUser limit the connection counts against.

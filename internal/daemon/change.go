@@ -99,40 +99,40 @@ func (d *Daemon) change(ctx context.Context, edit func(context.Context) (wanted.
 	return out, nil
 }
 
-// pending is why the host doesn't enforce a change yet. The zero value says that it does.
-type pending struct{ why, hint string }
+// unenforced is why the host doesn't enforce a change yet. The zero value says that it does.
+type unenforced struct{ why, hint string }
 
 // awaitEnforced waits until the host enforces the generation or a later one. At the deadline,
 // or when ctx ends, it returns why the host doesn't.
-func (d *Daemon) awaitEnforced(ctx context.Context, generation uint64, deadline time.Time) pending {
+func (d *Daemon) awaitEnforced(ctx context.Context, generation uint64, deadline time.Time) unenforced {
 	began := time.Now()
 	limit := time.NewTimer(time.Until(deadline))
 	defer limit.Stop()
 	for {
 		s, changed := d.loop.State()
 		if s.Enforced >= generation {
-			return pending{}
+			return unenforced{}
 		}
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			return pending{why: "the helper is stopping"}
+			return unenforced{why: "the helper is stopping"}
 		case <-limit.C:
-			return whyPending(s, time.Since(began).Round(time.Second))
+			return whyUnenforced(s, time.Since(began).Round(time.Second))
 		}
 	}
 }
 
-// whyPending returns why the host doesn't enforce a change after the time waited: the first
+// whyUnenforced returns why the host doesn't enforce a change after the time waited: the first
 // problem of the state, which is the cause.
-func whyPending(s held.State, waited time.Duration) pending {
+func whyUnenforced(s held.State, waited time.Duration) unenforced {
 	if len(s.Problems) == 0 {
-		return pending{fmt.Sprintf("the host is slow, it took longer than %v", waited), "see `meshhelper status`"}
+		return unenforced{fmt.Sprintf("the host is slow, it took longer than %v", waited), "see `meshhelper status`"}
 	}
 	p := s.Problems[0]
 	hint := p.Hint
 	if hint == "" {
 		hint = "it is tried again; see `meshhelper status`"
 	}
-	return pending{p.Step + ": " + p.Message, hint}
+	return unenforced{p.Step + ": " + p.Message, hint}
 }

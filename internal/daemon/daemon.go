@@ -178,7 +178,7 @@ func New(o Options) (*Daemon, error) {
 	})
 	d.names = resolve.New(resolve.Options{
 		Names: d.endpointNames, Learned: d.learned, Lookup: o.Resolve,
-		Mesh: d.id.Prefixes, Device: d.hasDevice,
+		Mesh: d.id.Prefixes, Device: d.wanted.HasAddress,
 		Changed: d.loop.Moved, Save: d.saveLearned, Logger: o.Logger,
 	})
 	d.explain = explain.New(explain.Options{
@@ -201,13 +201,6 @@ func (d *Daemon) wantedChanged(before, doc *wanted.Document) {
 // the one in this host's own endpoint, or "".
 func (d *Daemon) endpointNames() (peers []string, own string) {
 	return peerNames(d.wanted.Document()), d.wanted.Settings().Endpoint.Name()
-}
-
-// hasDevice reports whether this host or a peer has the mesh address a.
-func (d *Daemon) hasDevice(a netip.Addr) bool {
-	return slices.Contains(d.id.Own[:], a) || slices.ContainsFunc(d.wanted.Document().Peers, func(p mesh.Peer) bool {
-		return slices.Contains(p.Addresses[:], a)
-	})
 }
 
 // peerNames returns the names in the endpoints of peers; they may repeat.

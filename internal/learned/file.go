@@ -70,19 +70,15 @@ func decode(text []byte) (*Book, error) {
 		b.peers[key] = e
 	}
 	for name, a := range f.Names {
-		if plain(a) && (mesh.Endpoint{Host: name, Port: 1}).Validate() == nil {
+		if mesh.IsPlain(a) && (mesh.Endpoint{Host: name, Port: 1}).Validate() == nil {
 			b.names[name] = a
 		}
 	}
-	b.outside = f.Outside
-	b.outside.Addresses = slices.DeleteFunc(b.outside.Addresses, func(a netip.Addr) bool { return !plain(a) })
+	b.outside = f.Outside // [policy.Host] refuses addresses that aren't plain
+	b.outside.Addresses = slices.DeleteFunc(b.outside.Addresses, func(a netip.Addr) bool { return !mesh.IsPlain(a) })
 	b.outside.Addresses = b.outside.Addresses[:min(len(b.outside.Addresses), MaxOutside)]
 	return b, nil
 }
-
-// plain reports whether a is valid, has no zone and isn't an IPv4 address written as IPv6,
-// like an address that a resolver returns. [policy.Host] refuses others.
-func plain(a netip.Addr) bool { return a.IsValid() && a.Zone() == "" && !a.Is4In6() }
 
 // Save encodes the Book and calls write with it, without the lock held. write must replace the
 // file atomically. After an error the Book still counts as changed.

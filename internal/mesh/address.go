@@ -17,6 +17,10 @@ var ErrReserved = errors.New("reserved address")
 // ErrMeshFull is wrapped by the error for a mesh prefix without a free address.
 var ErrMeshFull = errors.New("no free address in the mesh")
 
+// IsPlain reports whether an address is valid, has no zone and isn't IPv4-mapped, like one
+// that a resolver returns. Each such address has one form only.
+func IsPlain(a netip.Addr) bool { return a.IsValid() && !a.Is4In6() && a.Zone() == "" }
+
 // Prefixes are the two prefixes that a mesh takes its addresses from. They lie in private
 // address space; see Validate. In the smallest ones, a few devices still find an address
 // that isn't reserved.

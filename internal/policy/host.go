@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+
+	"github.com/meshhelper/meshhelper/internal/mesh"
 )
 
 // Families has a flag for each address family.
@@ -168,17 +170,17 @@ func (h Host) Validate() error {
 // validateAddresses checks the facts that are single addresses.
 func (h Host) validateAddresses() error {
 	for _, a := range h.Resolvers {
-		if !isPlain(a) {
+		if !mesh.IsPlain(a) {
 			return fmt.Errorf("resolver %v is not valid", a)
 		}
 	}
 	for _, a := range h.Lasting {
-		if !isPlain(a) {
+		if !mesh.IsPlain(a) {
 			return fmt.Errorf("lasting address %v is not valid", a)
 		}
 	}
 	for _, a := range h.Outside {
-		if !isPlain(a) {
+		if !mesh.IsPlain(a) {
 			return fmt.Errorf("address %v of this host from outside is not valid", a)
 		}
 	}
@@ -190,15 +192,12 @@ func (h Host) validateAddresses() error {
 		{"source", h.Source4, netip.Addr.Is4}, {"source6", h.Source6, netip.Addr.Is6},
 		{"router", h.Router4, netip.Addr.Is4}, {"router6", h.Router6, netip.Addr.Is6},
 	} {
-		if f.a.IsValid() && (!isPlain(f.a) || !f.is(f.a)) {
+		if f.a.IsValid() && (!mesh.IsPlain(f.a) || !f.is(f.a)) {
 			return fmt.Errorf("%s %v is not a valid address of its family", f.what, f.a)
 		}
 	}
 	return nil
 }
-
-// isPlain reports whether an address is valid, has no zone and isn't IPv4-mapped.
-func isPlain(a netip.Addr) bool { return a.IsValid() && !a.Is4In6() && a.Zone() == "" }
 
 // validateName accepts interface names that both kernels and both packet filters' languages
 // accept, and that can't be read as syntax there.

@@ -77,7 +77,7 @@ func drawWorld(t *rapid.T) world {
 	}
 	w.host.OutsidePort = rapid.SampledFrom([]uint16{0, 443}).Draw(t, "port outside")
 	for range rapid.IntRange(0, 3).Draw(t, "former") {
-		if a := drawAddr(t); isPlain(a) {
+		if a := drawAddr(t); mesh.IsPlain(a) {
 			w.mesh.Former = append(w.mesh.Former, a)
 		}
 	}

@@ -324,7 +324,7 @@ func (m Mesh) validate() error {
 	taken := map[netip.Addr]string{}
 	claim := func(who string, as []netip.Addr) error {
 		for _, a := range as {
-			if !isPlain(a) {
+			if !mesh.IsPlain(a) {
 				return fmt.Errorf("%s: address %v is not valid", who, a)
 			}
 			if other, ok := taken[a]; ok {
@@ -343,7 +343,7 @@ func (m Mesh) validate() error {
 		return err
 	}
 	for _, a := range m.Former {
-		if !isPlain(a) {
+		if !mesh.IsPlain(a) {
 			return fmt.Errorf("a removed peer's address %v is not valid", a)
 		}
 	}

@@ -57,29 +57,36 @@ func (b *boundedTunnel) Stats() (map[mesh.PublicKey]tunnel.PeerStats, error) {
 	return answerOf(b, b.Tunnel.Stats)
 }
 
-// answerOf returns what call returns, or errHung if that takes longer than StepLimit. call goes on after that, in
-// its goroutine; no further one is started.
+// answerOf returns what call returns, or errHung if that takes longer than StepLimit.
+// No call is begun after that.
 func answerOf[T any](b *boundedTunnel, call func() (T, error)) (none T, _ error) {
 	if b.hasHung() {
 		return none, errHung
 	}
-	type result struct {
-		value T
-		err   error
+	var value T
+	var err error
+	if !returnsWithin(StepLimit, b.hung, func() { value, err = call() }) {
+		b.noHung.Do(func() { close(b.hung) })
+		return none, errHung // and nothing of value and err, which call may still write
 	}
-	returned := make(chan result, 1)
+	return value, err
+}
+
+// returnsWithin reports whether call returns within limit, and before giveUp is closed.
+// Otherwise call goes on in its goroutine, since nothing can interrupt it.
+func returnsWithin(limit time.Duration, giveUp <-chan struct{}, call func()) bool {
+	returned := make(chan struct{})
 	go func() {
-		value, err := call()
-		returned <- result{value, err}
+		defer close(returned)
+		call()
 	}()
-	t := time.NewTimer(StepLimit)
+	t := time.NewTimer(limit)
 	defer t.Stop()
 	select {
-	case r := <-returned:
-		return r.value, r.err
-	case <-b.hung:
+	case <-returned:
+		return true
+	case <-giveUp:
 	case <-t.C:
-		b.noHung.Do(func() { close(b.hung) })
 	}
-	return none, errHung
+	return false
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"time"
 
 	"github.com/meshhelper/meshhelper/internal/events"
 	"github.com/meshhelper/meshhelper/internal/guard"
@@ -112,23 +111,8 @@ func (l *Loop) endTunnel() {
 	}
 }
 
-// returnsInTime reports whether end returns within TunnelLimit. Otherwise end goes on in its
-// goroutine, since nothing can interrupt it.
-func returnsInTime(end func()) bool {
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		end()
-	}()
-	t := time.NewTimer(TunnelLimit)
-	defer t.Stop()
-	select {
-	case <-ended:
-		return true
-	case <-t.C:
-		return false
-	}
-}
+// returnsInTime reports whether end returns within TunnelLimit.
+func returnsInTime(end func()) bool { return returnsWithin(TunnelLimit, nil, end) }
 
 // path is how WireGuard's packets leave the host. After it changed, the tunnel would go on
 // sending from the old address, and routers on the way would keep their translations, until

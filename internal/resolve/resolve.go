@@ -295,10 +295,9 @@ func (r *Resolver) look(ctx context.Context, n *named, in int) {
 	r.answers <- answer{n, in, found, err}
 }
 
-// refuse returns why a can't be an endpoint's address, or nil if it can. A name is held to what
-// an endpoint that is given as an address is, and to more: a person may mean a loopback address,
-// and a name server never does. Link-local IPv6 addresses need a zone, which differs from host to
-// host.
+// refuse returns why a can't be an endpoint's address, or nil if it can. As for an endpoint that
+// is given as an address, it must lead to another host (checkRemote of package wanted). Link-local IPv6
+// addresses need a zone, which differs from host to host.
 //
 // For this host's own name nothing is lost with what is refused: to peers all of it is of class
 // martian, self or mesh (see package policy), and so closed without being known.

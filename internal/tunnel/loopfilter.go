@@ -49,21 +49,20 @@ func (f *loopFilter) add(addrs ...netip.Addr) {
 // skips shorter ones: the tunnel leads to a default route, say, but endpoints of peers
 // outside the tunnel lie in it as well.
 func (f *loopFilter) addPrefixes(prefixes []netip.Prefix) {
-	t := f.tree()
-	for _, a := range prefixes {
-		if a.IsSingleIP() {
-			t = t.InsertPersist(a)
-		}
-	}
-	f.mesh.Store(t)
+	f.update(prefixes, (*bart.Lite).InsertPersist)
 }
 
 // removePrefixes undoes addPrefixes.
 func (f *loopFilter) removePrefixes(prefixes []netip.Prefix) {
+	f.update(prefixes, (*bart.Lite).DeletePersist)
+}
+
+// update replaces the table by one that is changed for each single-address prefix.
+func (f *loopFilter) update(prefixes []netip.Prefix, change func(*bart.Lite, netip.Prefix) *bart.Lite) {
 	t := f.tree()
 	for _, a := range prefixes {
 		if a.IsSingleIP() {
-			t = t.DeletePersist(a)
+			t = change(t, a)
 		}
 	}
 	f.mesh.Store(t)

@@ -228,6 +228,9 @@ func (s *State) owner(doc *Document, a netip.Addr) string {
 	return ""
 }
 
+// HasAddress reports whether this host or a peer has the mesh address a.
+func (s *State) HasAddress(a netip.Addr) bool { return s.owner(s.Document(), a) != "" }
+
 // admit refuses a new peer whose key or addresses belong to another, or that exceeds
 // maxPeers. Its name is known to be free.
 func (s *State) admit(doc *Document, p *mesh.Peer, request api.NewPeer) error {

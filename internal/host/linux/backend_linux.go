@@ -130,7 +130,7 @@ func New(o Options) (*Backend, error) {
 	if err := p.dial(); err != nil {
 		return nil, errors.Join(err, p.release())
 	}
-	p.others.informer = informer{task: stepOthers, sys: sysctls{sysctlRoot}, observed: &p.observed}
+	p.others.informer = informer{task: stepOthers, sys: sysctls{sysctlRoot}, observed: &p.observed, readsFlows: true}
 	p.packets = informer{task: "examine a packet", sys: sysctls{sysctlRoot}, observed: &p.observed}
 	for _, i := range []*informer{&p.others.informer, &p.packets} {
 		if err := i.start(); err != nil {

@@ -168,15 +168,7 @@ func priorityOf(c *nftables.Chain) nftables.ChainPriority {
 func indexOf(name string) int {
 	// Not net.InterfaceByName: it uses a dump, and accepts an interrupted one.
 	ifr, err := unix.NewIfreq(name)
-	if err != nil {
-		return 0
-	}
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return 0
-	}
-	defer unix.Close(fd)
-	if unix.IoctlIfreq(fd, unix.SIOCGIFINDEX, ifr) != nil {
+	if err != nil || askInterface(unix.SIOCGIFINDEX, ifr) != nil {
 		return 0
 	}
 	return int(ifr.Uint32())
@@ -188,16 +180,21 @@ func nameOf(index int) (string, bool) {
 	if err != nil {
 		return "", false
 	}
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return "", false
-	}
-	defer unix.Close(fd)
 	ifr.SetUint32(uint32(index))
-	if unix.IoctlIfreq(fd, unix.SIOCGIFNAME, ifr) != nil {
+	if askInterface(unix.SIOCGIFNAME, ifr) != nil {
 		return "", false
 	}
 	return ifr.Name(), true
+}
+
+// askInterface carries out a request of netdevice(7) about ifr.
+func askInterface(request uint, ifr *unix.Ifreq) error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return unix.IoctlIfreq(fd, request, ifr)
 }
 
 // position is where on its way a packet is.

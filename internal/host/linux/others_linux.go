@@ -23,6 +23,8 @@ type informer struct {
 	task     string // what its calls do, for the error of one that hangs
 	sys      sysctls
 	observed *observed
+	// readsFlows says that its calls read conntrack, for which flows is opened.
+	readsFlows bool
 	// lists reads lists of nftables through sock; routes looks up routes. outOfSync is set
 	// when an exchange was abandoned, because a late answer would be taken for that to the
 	// next request.
@@ -108,8 +110,10 @@ func (i *informer) reopen() error {
 	if i.routes, err = dialRoutes(); err != nil {
 		return err
 	}
-	if i.flows, err = openConntrack(); err != nil {
-		return err
+	if i.readsFlows {
+		if i.flows, err = openConntrack(); err != nil {
+			return err
+		}
 	}
 	i.outOfSync = false
 	return nil
@@ -149,7 +153,10 @@ func (i *informer) run(ctx context.Context, do func() error) error {
 			i.outOfSync = true
 			return err
 		}
-		conns := []interface{ SetDeadline(time.Time) error }{i.sock, i.routes, i.flows.dump}
+		conns := []interface{ SetDeadline(time.Time) error }{i.sock, i.routes}
+		if i.readsFlows {
+			conns = append(conns, i.flows.dump)
+		}
 		stop := context.AfterFunc(ctx, func() {
 			for _, c := range conns {
 				_ = c.SetDeadline(time.Unix(1, 0))
